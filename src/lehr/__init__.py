@@ -1,0 +1,66 @@
+"""lehr: diffusion-model energies as parts of probabilistic programs.
+
+Pretrained diffusion models are time-indexed potentials; NumPyro declares how they combine
+with each other and with likelihoods; BlackJAX kernels sample the result down an annealing
+ladder; ArviZ tells whether to believe it.
+"""
+
+from lehr.annealing.drivers import AnnealedMCMC, AnnealedSMC
+from lehr.annealing.ladder import Ladder
+from lehr.annealing.run import Run
+from lehr.checkpoints.native import CheckpointError
+from lehr.diagnostics.tree import from_netcdf
+from lehr.kernels import HMC, MALA, UHMC, ULA, Kernel
+from lehr.potentials.analytic import ExactPotential, Gaussian, GaussianMixture, Uniform
+from lehr.potentials.base import EnergyPotential, Potential, ScorePotential
+from lehr.potentials.network import EnergyNetwork, ScoreNetwork
+from lehr.potentials.operators import Contrast, Mixture, Power, Product
+from lehr.potentials.reschedule import with_schedule
+from lehr.programs import guidance
+from lehr.programs.diffusion import Diffusion, noise_level
+from lehr.programs.path import Path
+from lehr.schedules import VE, DiscreteSchedule, RectifiedFlow, Schedule, VPCosine, VPLinear
+from lehr.training.fit import Recipe, fit
+from lehr.zoo import load, zoo
+
+__all__ = [
+    "HMC",
+    "MALA",
+    "UHMC",
+    "ULA",
+    "VE",
+    "AnnealedMCMC",
+    "AnnealedSMC",
+    "CheckpointError",
+    "Contrast",
+    "Diffusion",
+    "DiscreteSchedule",
+    "EnergyNetwork",
+    "EnergyPotential",
+    "ExactPotential",
+    "Gaussian",
+    "GaussianMixture",
+    "Kernel",
+    "Ladder",
+    "Mixture",
+    "Path",
+    "Potential",
+    "Power",
+    "Product",
+    "Recipe",
+    "RectifiedFlow",
+    "Run",
+    "Schedule",
+    "ScoreNetwork",
+    "ScorePotential",
+    "Uniform",
+    "VPCosine",
+    "VPLinear",
+    "fit",
+    "from_netcdf",
+    "guidance",
+    "load",
+    "noise_level",
+    "with_schedule",
+    "zoo",
+]

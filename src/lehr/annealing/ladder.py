@@ -1,0 +1,103 @@
+r"""The noise levels that a driver visits, from noise to data.
+
+Levels are uniform in log-SNR unless told otherwise: neighbouring densities then overlap
+about equally all the way down. The last level should lie well below the finest feature of
+the target, since what is sampled there is the target blurred by its σ: a ladder that stops
+at σ = .025 turns modes of standard deviation .030 into .039.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from lehr.schedules import Schedule
+
+__all__ = ["Ladder"]
+
+NOISIEST = -8.0  # log-SNR: what a ladder starts from where the schedule itself ends at −inf
+FINEST_SHARE = 0.1  # of the finest feature's std: the default blur at the end of a ladder
+
+
+class Ladder:
+    """Strictly decreasing times in [0, 1].
+
+    Args:
+        times: the levels, noisiest first, shape (K,), K ≥ 1.
+
+    Raises:
+        ValueError: if the ladder is empty, not strictly decreasing, or leaves [0, 1].
+    """
+
+    def __init__(self, times: ArrayLike) -> None:
+        table = np.asarray(times, np.float64)
+        if table.ndim != 1 or table.size == 0:
+            raise ValueError(f"a ladder is a vector of at least one time; got shape {table.shape}.")
+        if not np.all(np.isfinite(table)) or table.min() < 0 or table.max() > 1:
+            raise ValueError(f"the times of a ladder lie in [0, 1]; got values from {table.min():g} to {table.max():g}.")
+        if np.any(np.diff(table) >= 0):
+            raise ValueError(
+                "a ladder leads from noise to data: its times must be strictly decreasing. Got "
+                f"{np.array2string(table[:6], precision=4)}{'…' if table.size > 6 else ''}; reverse them?"
+            )
+        self.times = jnp.asarray(table, float)
+        if np.any(np.diff(np.asarray(self.times)) >= 0):
+            raise ValueError("two levels of the ladder are equal in float32; take fewer levels.")
+
+    @classmethod
+    def log_snr(
+        cls, schedule: Schedule, num_levels: int = 40, t_min: float | None = None, t_max: float = 1.0
+    ) -> Ladder:
+        """Levels uniform in log-SNR, both ends included.
+
+        Args:
+            schedule: whose log-SNR it is.
+            num_levels: K ≥ 1; a ladder of one level stands at ``t_min``.
+            t_min: the last level. Defaults to where σ/α = .002.
+            t_max: the first level. Where the schedule ends in pure noise, at λ = −inf, the ladder
+                starts at λ = −8, where σ/α = 55.
+
+        Raises:
+            ValueError: if ``num_levels`` is not a positive integer, or not 0 <= t_min < t_max <= 1.
+        """
+        check_count("num_levels", num_levels)
+        if t_min is None:
+            t_min = float(schedule.time(-2 * np.log(2e-3)))
+        if not 0 <= t_min < t_max <= 1:
+            raise ValueError(f"a ladder needs 0 <= t_min < t_max <= 1; got {t_min=}, {t_max=}.")
+        clean, noisy = float(schedule.log_snr(t_min)), float(schedule.log_snr(t_max))
+        if not np.isfinite(clean):
+            raise ValueError(f"the log-SNR is infinite at {t_min=}; end the ladder a little above t = 0.")
+        if num_levels == 1:
+            return cls([t_min])
+        levels = np.linspace(max(noisy, NOISIEST) if np.isneginf(noisy) else noisy, clean, num_levels)
+        times = np.asarray(schedule.time(levels), np.float64)
+        times[-1] = t_min
+        return cls(times)
+
+    def __len__(self) -> int:
+        return self.times.shape[0]
+
+    def __repr__(self) -> str:
+        return f"Ladder({len(self)} levels, t = {float(self.times[0]):.4g} … {float(self.times[-1]):.4g})"
+
+
+def ladder_for(schedule: Schedule, width: Callable[[jax.Array], float], num_levels: int) -> Ladder:
+    """A log-SNR ladder that ends where the blur is a tenth of the finest feature.
+
+    ``width(t)`` is the scale of steps at level t; at t = 0 it is the finest feature itself.
+    """
+    finest = width(jnp.zeros(()))
+    log_snr = -2 * np.log(FINEST_SHARE * finest)
+    t_min = max(float(schedule.time(log_snr)), 1e-5)
+    return Ladder.log_snr(schedule, num_levels, t_min=t_min)
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Refuse what is not an integer of at least ``least``."""
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}.")

@@ -1,0 +1,196 @@
+r"""What a driver leaves behind.
+
+A :class:`Run` is plain numpy: draws by site and on each site's own scale, statistics by
+level, and for weighted runs the weighted particles and the evidence. ``to_arviz`` and
+``print_summary`` are views of it (:mod:`lehr.diagnostics`).
+
+**Standard error of the evidence.** With W_e the total weight of the particles that descend
+from starting point e, and r the number of resamplings,
+
+    V = 1 − (N/(N − 1))^{r+1} (1 − Σ_e W_e²)
+
+estimates the relative variance of Ẑ from one run (Lee & Whiteley, Variance estimation in
+the particle filter, Biometrika 2018). It is derived for multinomial resampling; under the
+systematic resampling used here it errs on the large side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path as FilePath
+from typing import Any
+
+import jax
+import numpy as np
+
+from lehr.annealing.ladder import Ladder
+from lehr.annealing.loop import Anneal, Plan
+from lehr.programs.path import Path
+
+__all__ = ["Run", "record"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The outcome of :meth:`AnnealedMCMC.run` or :meth:`AnnealedSMC.run`.
+
+    Attributes:
+        method: the driver's name.
+        samples: draws at the last level, by site, each of shape (chain, draw, *site). A weighted
+            run's are equally weighted, in the order of their ancestry and cut into up to four
+            blocks as chains: where lineages have not mixed, R-hat and ESS show it.
+        sample_stats: (chain, draw) arrays ``acceptance_rate``, ``diverging``, ``lp``, where they exist.
+        observations: observed values, by site.
+        levels: per-level arrays, shape (K,): ``t``, ``log_snr``, ``sigma`` (σ/α, the noise in units of
+            the data), ``acceptance_rate``, ``step_size``, ``ess_weights``, ``log_evidence``, ``resampled``,
+            ``survivors`` (distinct ancestors), ``diverging`` (transitions), ``nonfinite`` (chains).
+        particles: a weighted run's weighted set, by site, shape (N, *site); empty otherwise.
+        log_weights: its normalised log weights, shape (N,); None for an unweighted run.
+        attrs: how the run was made, and what it cost.
+    """
+
+    method: str
+    samples: dict[str, np.ndarray] = field(repr=False)
+    sample_stats: dict[str, np.ndarray] = field(repr=False)
+    observations: dict[str, np.ndarray] = field(repr=False)
+    levels: dict[str, np.ndarray] = field(repr=False)
+    particles: dict[str, np.ndarray] = field(repr=False)
+    log_weights: np.ndarray | None = field(repr=False)
+    attrs: dict[str, Any]
+    _log_evidence: float | None = None
+    _log_evidence_se: float | None = None
+
+    def get_samples(self, group_by_chain: bool = False) -> dict[str, np.ndarray]:
+        """The draws by site.
+
+        Args:
+            group_by_chain: keep the leading (chain, draw) dimensions instead of flattening them.
+        """
+        if group_by_chain:
+            return dict(self.samples)
+        return {name: draws.reshape(-1, *draws.shape[2:]) for name, draws in self.samples.items()}
+
+    @property
+    def log_evidence(self) -> float:
+        """log ∫ Π p_i^{w_i}(x) p(θ) L(y | x, θ) dx dθ at the last level, every energy at face value:
+        absolute for exact and calibrated potentials, relative to the factors' own normalisers otherwise.
+
+        Raises:
+            AttributeError: for an unweighted run, which has none.
+        """
+        return _weighted_only(self._log_evidence)
+
+    @property
+    def log_evidence_se(self) -> float:
+        """Standard error of ``log_evidence``, estimated from this run's genealogy."""
+        return _weighted_only(self._log_evidence_se)
+
+    def to_xarray(self) -> Any:
+        """The run as an :class:`xarray.DataTree`, whichever ArviZ is installed."""
+        from lehr.diagnostics.tree import to_xarray
+
+        return to_xarray(self)
+
+    def to_arviz(self) -> Any:
+        """The run as ArviZ has it: ``InferenceData`` for ArviZ 0.x, ``xarray.DataTree`` from 1.0 on.
+
+        Groups: ``/posterior``, ``/sample_stats``, ``/observed_data``, ``/anneal`` with the dimension
+        ``noise_level``, and for a weighted run ``/particles``.
+        """
+        from lehr.diagnostics.tree import to_arviz
+
+        return to_arviz(self)
+
+    def to_netcdf(self, path: str | FilePath) -> FilePath:
+        """Write the tree to a netCDF file; :func:`lehr.from_netcdf` and ArviZ read it."""
+        from lehr.diagnostics.tree import to_netcdf
+
+        return to_netcdf(self, path)
+
+    def print_summary(self, console: Any = None) -> None:
+        """Print the sites (mean, sd, ESS, R-hat) and the levels (σ, acceptance, step, ESS, divergences).
+
+        Args:
+            console: a rich console; standard output by default.
+        """
+        from lehr.diagnostics.summary import print_summary
+
+        print_summary(self, console)
+
+
+def record(method: str, path: Path, plan: Plan, ladder: Ladder, result: Anneal, seconds: float) -> Run:
+    """What the compiled program returned, as a :class:`Run`."""
+    schedule, times = path.schedule, ladder.times
+    host = jax.tree.map(np.asarray, result)
+    log_snr = np.asarray(schedule.log_snr(times))
+    levels = {
+        "t": np.asarray(times),
+        "log_snr": log_snr,
+        "sigma": np.exp(-log_snr / 2),
+        "acceptance_rate": host.levels.acceptance_rate,
+        "step_size": host.levels.step_size,
+        "diverging": host.levels.divergences,
+        "nonfinite": host.levels.nonfinite,
+    }
+    if plan.weighted:
+        levels |= {
+            "ess_weights": host.levels.ess,
+            "log_evidence": host.levels.log_evidence,
+            "resampled": host.levels.resampled,
+            "survivors": host.levels.survivors,
+        }
+    by_chain = jax.tree.map(lambda leaf: np.swapaxes(leaf, 0, 1), host.draws)
+    if plan.weighted:
+        by_chain = jax.tree.map(lambda leaf: leaf.reshape(_blocks(leaf.shape[0]), -1, *leaf.shape[2:]), by_chain)
+    stats = {} if path.score_sites else {"lp": by_chain.logdensity}
+    if not plan.weighted:
+        stats |= {"acceptance_rate": by_chain.stats.acceptance_rate, "diverging": by_chain.stats.is_divergent}
+    transitions = plan.num_warmup + plan.num_steps
+    per_chain = len(ladder) * (1 + transitions * plan.kernel.evaluations_per_step)
+    attrs = {
+        "kernel": repr(plan.kernel),
+        "guidance": ", ".join(sorted({repr(g) for g in path.guidance.values()})),
+        "num_levels": len(ladder),
+        "num_warmup": plan.num_warmup,
+        "num_steps": plan.num_steps,
+        "num_chains": plan.num_chains,
+        "evaluations_per_chain": per_chain + plan.num_draws * plan.thinning * plan.kernel.evaluations_per_step,
+        "seconds": round(seconds, 3),
+        "calibrated": int(path.is_calibrated),
+    }
+    return Run(
+        method=method,
+        samples=_constrained(path, by_chain.position, 2),
+        sample_stats=stats,
+        observations={k: np.asarray(v) for k, v in path.observations.items() if not isinstance(v, jax.core.Tracer)},
+        levels=levels,
+        particles=_constrained(path, host.position, 1) if plan.weighted else {},
+        log_weights=host.log_weights if plan.weighted else None,
+        attrs=attrs,
+        _log_evidence=float(host.log_evidence) if plan.weighted else None,
+        _log_evidence_se=_evidence_error(host) if plan.weighted else None,
+    )
+
+
+def _constrained(path: Path, position: dict[str, np.ndarray], batch_ndims: int) -> dict[str, np.ndarray]:
+    return {name: np.asarray(value) for name, value in path.constrain(position, batch_ndims).items()}
+
+
+def _blocks(n: int) -> int:
+    return next(c for c in (4, 2, 1) if n % c == 0)
+
+
+def _evidence_error(host: Anneal) -> float:
+    n = host.log_weights.size
+    families = np.bincount(host.ancestors, np.exp(host.log_weights), n)
+    resamplings = int(np.sum(host.levels.resampled))
+    variance = 1 - (n / (n - 1)) ** (resamplings + 1) * (1 - np.sum(families**2))
+    return float(np.sqrt(max(variance, 0.0)))
+
+
+def _weighted_only(value: float | None) -> float:
+    if value is None:
+        raise AttributeError(
+            "independent annealed chains carry no weights and estimate no evidence; use lehr.AnnealedSMC."
+        )
+    return value

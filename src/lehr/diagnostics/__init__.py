@@ -1,0 +1,1 @@
+"""A run as an ArviZ tree, as tables and as pictures."""

@@ -1,0 +1,148 @@
+"""Tables that say whether to believe a run.
+
+A coordinate that never moved has ESS = N and R-hat = NaN by the usual formulas; here it is
+masked and counted instead, since a stuck chain is the first thing to know about.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from lehr.annealing.run import Run
+
+__all__ = ["SiteSummary", "print_summary", "summarise"]
+
+MAX_ROWS = 12
+
+
+class SiteSummary(NamedTuple):
+    """Summary of a site, element by element; arrays of the site's shape.
+
+    Attributes:
+        mean: posterior mean.
+        sd: posterior standard deviation.
+        ess: bulk effective sample size over all chains; NaN where stuck.
+        r_hat: rank-normalised split R-hat; NaN where stuck or with one chain.
+        stuck: True where a draw never changed in any chain.
+        stuck_chains: how many chains did not move in this element.
+    """
+
+    mean: np.ndarray
+    sd: np.ndarray
+    ess: np.ndarray
+    r_hat: np.ndarray
+    stuck: np.ndarray
+    stuck_chains: np.ndarray
+
+
+def summarise(draws: np.ndarray) -> SiteSummary:
+    """Diagnose one site.
+
+    Args:
+        draws: shape (chain, draw, *site).
+    """
+    import arviz as az  # here, since it is slow to import
+
+    draws = np.asarray(draws, np.float64)
+    site = draws.shape[2:]
+    flat = draws.reshape(*draws.shape[:2], -1)
+    still = np.all(flat == flat[:, :1], axis=1)
+    stuck = np.all(still, axis=0)
+    ess, r_hat = np.full(stuck.shape, np.nan), np.full(stuck.shape, np.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # short or single chains give NaN, which says it
+        for i in np.flatnonzero(~stuck & np.all(np.isfinite(flat), axis=(0, 1))):
+            ess[i] = float(az.ess(flat[..., i]))
+            r_hat[i] = float(az.rhat(flat[..., i])) if flat.shape[0] > 1 else np.nan
+    columns = (flat.mean((0, 1)), flat.std((0, 1)), ess, r_hat, stuck, still.sum(0))
+    return SiteSummary(*(c.reshape(site) for c in columns))
+
+
+def print_summary(run: Run, console: Console | None = None) -> None:
+    """Print the table of sites and the table of levels of ``run``."""
+    console = Console() if console is None else console
+    console.print(_sites(run))
+    console.print(_levels(run))
+    for line in _remarks(run):
+        console.print(line, highlight=False)
+
+
+def _sites(run: Run) -> Table:
+    chains, draws = next(iter(run.samples.values())).shape[:2]
+    table = Table(title=f"{run.method}: {chains} × {draws} draws", title_justify="left")
+    table.add_column("site")
+    for name in ("mean", "sd", "ESS", "R-hat"):
+        table.add_column(name, justify="right")
+    for name, values in run.samples.items():
+        s = summarise(values[:, :, *_shown(values)])
+        for index in np.ndindex(s.mean.shape):
+            label = name + (f"[{', '.join(map(str, index))}]" if index else "")
+            ess = "stuck" if s.stuck[index] else f"{s.ess[index]:.0f}"
+            table.add_row(label, f"{s.mean[index]:.4g}", f"{s.sd[index]:.3g}", ess, f"{s.r_hat[index]:.3f}")
+        hidden = int(np.prod(values.shape[2:])) - s.mean.size
+        if hidden > 0:
+            table.add_row(f"[dim]… {hidden} more of {name}", "", "", "", "")
+    return table
+
+
+def _shown(values: np.ndarray) -> tuple[Any, ...]:
+    """Which elements of a large site get a row: the first few along each axis."""
+    site = values.shape[2:]
+    if np.prod(site) <= MAX_ROWS:
+        return ()
+    side = max(1, int(MAX_ROWS ** (1 / len(site))))
+    return tuple(slice(0, side) for _ in site)
+
+
+def _levels(run: Run) -> Table:
+    weighted = run.log_weights is not None
+    table = Table(title=f"{run.attrs['num_levels']} levels, {run.attrs['kernel']}", title_justify="left")
+    columns = ["level", "σ/α", "accepted", "step", *(["ESS", "log Z"] if weighted else []), "diverging"]
+    for name in columns:
+        table.add_column(name, justify="right")
+    last = len(run.levels["t"]) - 1
+    for k in sorted({round(i) for i in np.linspace(0, last, min(MAX_ROWS, last + 1))}):
+        row = [str(k)] + [f"{run.levels[name][k]:.3g}" for name in ("sigma", "acceptance_rate", "step_size")]
+        if weighted:
+            row += [f"{run.levels['ess_weights'][k]:.0f}", f"{run.levels['log_evidence'][k]:.3f}"]
+        table.add_row(*row, str(int(run.levels["diverging"][k])))
+    return table
+
+
+def _remarks(run: Run) -> list[str]:
+    lines = [f"{run.attrs['evaluations_per_chain']} gradient evaluations a chain, {run.attrs['seconds']:.1f} s."]
+    if run.log_weights is not None:
+        meaning = (
+            "absolute: every potential is normalised"
+            if run.attrs["calibrated"]
+            else "relative to the unknown normalisers of the potentials that are not calibrated"
+        )
+        survivors = int(run.levels["survivors"][-1])
+        lines.append(f"log evidence {run.log_evidence:.3f} ± {run.log_evidence_se:.3f} ({meaning}).")
+        lines.append(f"{survivors} of {run.log_weights.size} starting points have descendants.")
+    stuck = {name: summarise(v) for name, v in run.samples.items()} if _any_still(run) else {}
+    for name, s in stuck.items():
+        if s.stuck_chains.any():
+            lines.append(
+                f"[yellow]{name}: {int(s.stuck.sum())} elements never moved in any chain, "
+                f"{int((s.stuck_chains > 0).sum())} in some; up to {int(s.stuck_chains.max())} chains are stuck."
+            )
+    diverging, nonfinite = int(run.levels["diverging"].sum()), int(run.levels["nonfinite"].sum())
+    if diverging:
+        worst = int(np.argmax(run.levels["diverging"]))
+        lines.append(
+            f"[yellow]{diverging} divergent transitions, most at level {worst} (σ/α = {run.levels['sigma'][worst]:.3g})."
+        )
+    if nonfinite:
+        worst = int(np.argmax(run.levels["nonfinite"]))
+        lines.append(f"[red]log density not finite for {nonfinite} chain-levels, most at level {worst}.")
+    return lines
+
+
+def _any_still(run: Run) -> bool:
+    return any(np.any(np.all(v == v[:, :1], axis=1)) for v in run.samples.values() if v.shape[1] > 1)

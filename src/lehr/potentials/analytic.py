@@ -1,0 +1,372 @@
+r"""Potentials whose diffused density is known in closed form.
+
+Noise adds its covariance and scales the data, so that for every t
+
+    N(m, Σ)          ↦  N(α m, α² Σ + σ² I),
+    Σ_k w_k N_k      ↦  the mixture of the N_k so changed,
+    a box on [a, b]  ↦  Π_i [Φ((x_i − α a_i)/σ) − Φ((x_i − α b_i)/σ)] / (α (b_i − a_i)).
+
+All three are normalised at every t (c(t) = 0) and can be drawn from exactly. They are
+what a sampler is judged against.
+
+**The box.** With c = (x − α (a + b)/2)/σ and h = α (b − a)/2σ, a coordinate's density is
+
+    log p = −log σ + G(c, h),      G(c, h) = log [ (Φ(c + h) − Φ(c − h)) / 2h ] ,
+
+and the difference of two nearly equal numbers is never taken: by symmetry c ≤ 0; where
+h (1 + |c|) is small G is expanded in h; and in the tail log Φ is split into −z²/2 and the
+slowly varying log of the scaled Mills ratio, whose quadratic parts subtract to 2ch exactly.
+"""
+
+from __future__ import annotations
+
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import log_ndtr
+from jax.typing import ArrayLike
+
+from lehr.potentials.base import EnergyPotential, Moments, check_positive, check_time, concrete, replace
+from lehr.schedules import Schedule, VPCosine
+
+__all__ = ["ExactPotential", "Gaussian", "GaussianMixture", "Uniform"]
+
+LOG_ROOT_2PI = math.log(2 * math.pi) / 2
+
+
+class ExactPotential(EnergyPotential):
+    """An energy potential that can also be drawn from at any t."""
+
+    def sample(self, rng_key: jax.Array, t: ArrayLike = 0.0, shape: tuple[int, ...] = ()) -> jax.Array:
+        """Independent exact draws of x_t, shape ``shape + event_shape``."""
+        t = check_time(t)
+        key_data, key_noise = jax.random.split(rng_key)
+        data = self._sample_data(key_data, shape)
+        noise = jax.random.normal(key_noise, data.shape)
+        return self.schedule.alpha(t) * data + self.schedule.sigma(t) * noise
+
+    @property
+    def is_calibrated(self) -> bool:
+        return True
+
+    def reschedule(self, schedule: Schedule) -> ExactPotential:
+        """The same data under another schedule: exact."""
+        return replace(self, schedule=schedule)
+
+    def _sample_data(self, rng_key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        raise NotImplementedError
+
+
+class Gaussian(ExactPotential):
+    """N(loc, scale²) diffused.
+
+    Args:
+        loc: m, the mean; its shape is the event's.
+        scale: standard deviation, () or event-shaped; or, for an event of shape (d,), a
+            lower-triangular (d, d) factor L with covariance L Lᵀ.
+        schedule: defaults to :class:`~lehr.VPCosine`.
+
+    Raises:
+        ValueError: if the shapes do not fit, or a scale is not positive.
+    """
+
+    loc: jax.Array
+    stds: jax.Array
+    basis: jax.Array | None
+    schedule: Schedule = eqx.field(static=True)
+    event_shape: tuple[int, ...] = eqx.field(static=True)
+
+    def __init__(self, loc: ArrayLike, scale: ArrayLike = 1.0, schedule: Schedule | None = None) -> None:
+        loc, scale = jnp.asarray(loc, float), jnp.asarray(scale, float)
+        shape = jnp.shape(loc)
+        if jnp.ndim(loc) == 1 and scale.shape == shape * 2:
+            self.basis, self.stds = principal_axes(scale)
+        elif scale.shape in ((), shape):
+            self.basis, self.stds = None, jnp.broadcast_to(check_positive("Gaussian scale", scale), shape)
+        else:
+            raise ValueError(
+                f"Gaussian scale must have shape (), the event's {shape}, or (d, d) for an event of shape "
+                f"(d,); got {scale.shape}."
+            )
+        self.loc = loc
+        self.schedule = VPCosine() if schedule is None else schedule
+        self.event_shape = shape
+
+    @property
+    def covariance(self) -> jax.Array:
+        """Σ of the data, (d, d) over the flattened event."""
+        if self.basis is None:
+            return jnp.diag(self.stds.ravel() ** 2)
+        return (self.basis * self.stds**2) @ self.basis.T
+
+    def moments(self, t: ArrayLike) -> Moments:
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        return Moments(alpha * self.loc, jnp.sqrt(alpha**2 * marginal_variance(self.stds, self.basis) + sigma**2))
+
+    def width(self, t: ArrayLike) -> jax.Array:
+        return jnp.hypot(self.schedule.alpha(t) * jnp.min(self.stds), self.schedule.sigma(t))
+
+    def _frame(self, x: jax.Array, t: jax.Array) -> tuple[jax.Array, ...]:
+        """The offset from the mean on the principal axes, the variances there, and α and σ."""
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        offset = x - alpha * self.loc
+        offset = offset if self.basis is None else self.basis.T @ offset
+        return offset, (alpha * self.stds) ** 2 + sigma**2, alpha, sigma
+
+    def _back(self, offset: jax.Array) -> jax.Array:
+        return offset if self.basis is None else self.basis @ offset
+
+    def _log_density(self, x: jax.Array, t: jax.Array) -> jax.Array:
+        offset, variance, _, _ = self._frame(x, t)
+        return -jnp.sum(offset**2 / variance + jnp.log(2 * math.pi * variance)) / 2
+
+    def _score(self, x: jax.Array, t: jax.Array) -> jax.Array:
+        offset, variance, _, _ = self._frame(x, t)
+        return -self._back(offset / variance)
+
+    def _denoise(self, x: jax.Array, t: jax.Array) -> jax.Array:
+        offset, variance, alpha, _ = self._frame(x, t)
+        return self.loc + self._back(alpha * self.stds**2 / variance * offset)
+
+    def _noise(self, x: jax.Array, t: jax.Array) -> jax.Array:
+        offset, variance, _, sigma = self._frame(x, t)
+        return sigma * self._back(offset / variance)
+
+    def _sample_data(self, rng_key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        draws = self.stds * jax.random.normal(rng_key, shape + self.event_shape)
+        return self.loc + (draws if self.basis is None else draws @ self.basis.T)
+
+
+class GaussianMixture(ExactPotential):
+    """Σ_k w_k N(m_k, Σ_k) diffused.
+
+    Args:
+        locs: m_k, the means, shape (k, d).
+        scales: standard deviations: () for all, (k,) one for each component, (k, d) diagonal; or
+            (k, d, d) lower-triangular factors. A square (k, d, d) is always read as factors.
+        weights: w_k > 0, shape (k,), normalised here; equal by default.
+        schedule: defaults to :class:`~lehr.VPCosine`.
+
+    Raises:
+        ValueError: if the shapes do not fit, or a scale or weight is not positive.
+    """
+
+    locs: jax.Array
+    stds: jax.Array
+    basis: jax.Array | None
+    log_weights: jax.Array
+    schedule: Schedule = eqx.field(static=True)
+    event_shape: tuple[int, ...] = eqx.field(static=True)
+
+    def __init__(
+        self,
+        locs: ArrayLike,
+        scales: ArrayLike = 1.0,
+        weights: ArrayLike | None = None,
+        schedule: Schedule | None = None,
+    ) -> None:
+        locs, scales = jnp.asarray(locs, float), jnp.asarray(scales, float)
+        if locs.ndim != 2:
+            raise ValueError(f"GaussianMixture locs must have shape (k, d); got {locs.shape}.")
+        k, d = locs.shape
+        if scales.shape == (k, d, d):
+            self.basis, self.stds = jax.vmap(principal_axes)(scales)
+        elif scales.shape in ((), (k,), (k, d)):
+            scales = check_positive("GaussianMixture scales", scales)
+            self.basis = None
+            self.stds = jnp.broadcast_to(scales if scales.ndim != 1 else scales[:, None], (k, d))
+        else:
+            raise ValueError(
+                f"GaussianMixture scales must have shape (), ({k},), ({k}, {d}) or ({k}, {d}, {d}) for locs "
+                f"of shape ({k}, {d}); got {scales.shape}."
+            )
+        weights = check_positive("GaussianMixture weights", jnp.ones(k) if weights is None else weights)
+        if weights.shape != (k,):
+            raise ValueError(f"GaussianMixture weights must have shape ({k},); got {weights.shape}.")
+        self.locs = locs
+        self.log_weights = jnp.log(weights / jnp.sum(weights))
+        self.schedule = VPCosine() if schedule is None else schedule
+        self.event_shape = (d,)
+
+    def moments(self, t: ArrayLike) -> Moments:
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        weights = jnp.exp(self.log_weights)[:, None]
+        mean = jnp.sum(weights * self.locs, 0)
+        variance = jnp.sum(weights * (marginal_variance(self.stds, self.basis) + (self.locs - mean) ** 2), 0)
+        return Moments(alpha * mean, jnp.sqrt(alpha**2 * variance + sigma**2))
+
+    def width(self, t: ArrayLike) -> jax.Array:
+        return jnp.hypot(self.schedule.alpha(t) * jnp.min(self.stds), self.schedule.sigma(t))
+
+    def _frame(self, x: jax.Array, t: jax.Array) -> tuple[jax.Array, ...]:
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        offset = x - alpha * self.locs
+        offset = offset if self.basis is None else jnp.einsum("kij,ki->kj", self.basis, offset)
+        variance = (alpha * self.stds) ** 2 + sigma**2
+        joint = self.log_weights - jnp.sum(offset**2 / variance + jnp.log(2 * math.pi * variance), -1) / 2
+        return offset, variance, joint, alpha, sigma
+
+    def _average(self, joint: jax.Array, offset: jax.Array) -> jax.Array:
+        """Σ_k r_k (offset of component k, turned back), r the responsibilities."""
+        back = offset if self.basis is None else jnp.einsum("kij,kj->ki", self.basis, offset)
+        return jax.nn.softmax(joint) @ back
+
+    def _log_density(self, x: jax.Array, t: jax.Array) -> jax.Array:
+        return jax.nn.logsumexp(self._frame(x, t)[2])
+
+    def _score(self, x: jax.Array, t: jax.Array) -> jax.Array:
+        offset, variance, joint, _, _ = self._frame(x, t)
+        return -self._average(joint, offset / variance)
+
+    def _denoise(self, x: jax.Array, t: jax.Array) -> jax.Array:
+        offset, variance, joint, alpha, _ = self._frame(x, t)
+        return jax.nn.softmax(joint) @ self.locs + self._average(joint, alpha * self.stds**2 / variance * offset)
+
+    def _noise(self, x: jax.Array, t: jax.Array) -> jax.Array:
+        offset, variance, joint, _, sigma = self._frame(x, t)
+        return sigma * self._average(joint, offset / variance)
+
+    def _sample_data(self, rng_key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        key_component, key_normal = jax.random.split(rng_key)
+        k = jax.random.categorical(key_component, self.log_weights, shape=shape)
+        draws = self.stds[k] * jax.random.normal(key_normal, shape + self.event_shape)
+        if self.basis is not None:
+            draws = jnp.einsum("...ij,...j->...i", self.basis[k], draws)
+        return self.locs[k] + draws
+
+
+class Uniform(ExactPotential):
+    """The uniform density on the box [low, high], diffused.
+
+    Args:
+        low: a, lower corner, event-shaped.
+        high: b > a, upper corner, event-shaped.
+        schedule: defaults to :class:`~lehr.VPCosine`.
+
+    Raises:
+        ValueError: if the corners differ in shape or ``low < high`` fails anywhere.
+    """
+
+    low: jax.Array
+    high: jax.Array
+    schedule: Schedule = eqx.field(static=True)
+    event_shape: tuple[int, ...] = eqx.field(static=True)
+
+    def __init__(self, low: ArrayLike, high: ArrayLike, schedule: Schedule | None = None) -> None:
+        low, high = jnp.asarray(low, float), jnp.asarray(high, float)
+        if low.shape != high.shape:
+            raise ValueError(f"Uniform low and high must have one shape; got {low.shape} and {high.shape}.")
+        check_positive("Uniform high - low", high - low)
+        self.low, self.high = low, high
+        self.schedule = VPCosine() if schedule is None else schedule
+        self.event_shape = low.shape
+
+    def moments(self, t: ArrayLike) -> Moments:
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        std = jnp.hypot(alpha * (self.high - self.low) / math.sqrt(12), sigma)
+        return Moments(alpha * (self.low + self.high) / 2, std)
+
+    def width(self, t: ArrayLike) -> jax.Array:
+        narrowest = jnp.min(self.high - self.low) / math.sqrt(12)
+        return jnp.hypot(self.schedule.alpha(t) * narrowest, self.schedule.sigma(t))
+
+    def _frame(self, x: jax.Array, t: jax.Array) -> tuple[jax.Array, ...]:
+        alpha, sigma = self.schedule.alpha(t), jnp.maximum(self.schedule.sigma(t), 1e-6)
+        centre = (x - alpha * (self.low + self.high) / 2) / sigma
+        return centre, alpha * (self.high - self.low) / 2 / sigma, sigma
+
+    def _log_density(self, x: jax.Array, t: jax.Array) -> jax.Array:
+        centre, half, sigma = self._frame(x, t)
+        return jnp.sum(log_box(centre, half)) - math.prod(self.event_shape) * jnp.log(sigma)
+
+    def _score(self, x: jax.Array, t: jax.Array) -> jax.Array:
+        centre, half, sigma = self._frame(x, t)
+        return log_box_slope(centre, half) / sigma
+
+    def _denoise(self, x: jax.Array, t: jax.Array) -> jax.Array:
+        centre, half, _ = self._frame(x, t)
+        place = jnp.clip(mean_in_box(centre, half), -1.0, 1.0)
+        return (self.low + self.high) / 2 + (self.high - self.low) / 2 * place
+
+    def _noise(self, x: jax.Array, t: jax.Array) -> jax.Array:
+        centre, half, _ = self._frame(x, t)
+        return -log_box_slope(centre, half)
+
+    def _sample_data(self, rng_key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return jax.random.uniform(rng_key, shape + self.event_shape, minval=self.low, maxval=self.high)
+
+
+def log_box(centre: jax.Array, half: jax.Array) -> jax.Array:
+    """G(c, h) = log [(Φ(c + h) − Φ(c − h))/2h], elementwise, for h ≥ 0."""
+    centre = -jnp.abs(centre)
+    thin = _is_thin(centre, half)
+    narrow = jnp.where(thin, half, 0.0)
+    at_origin = jnp.where(thin, centre, 0.0)
+    series = -(at_origin**2) / 2 - LOG_ROOT_2PI + jnp.log(_series(at_origin, narrow))
+    wide = jnp.where(thin, 1.0, half)
+    return jnp.where(thin, series, _log_difference(centre, wide) - jnp.log(2 * wide))
+
+
+def log_box_slope(centre: jax.Array, half: jax.Array) -> jax.Array:
+    """∂G/∂c, elementwise."""
+    return jax.jvp(lambda c: log_box(c, half), (centre,), (jnp.ones_like(centre),))[1]
+
+
+def mean_in_box(centre: jax.Array, half: jax.Array) -> jax.Array:
+    """(∂G/∂c + c)/h, elementwise: where in the box, from −1 to 1, the data behind x is expected."""
+    thin = _is_thin(centre, half)
+    narrow, near = jnp.where(thin, half, 0.0), jnp.where(thin, centre, 0.0)
+    expanded = near * narrow / 3 * (1 - narrow**2 * (near**2 + 2) / 15)
+    wide = jnp.where(thin, 1.0, half)
+    return jnp.where(thin, expanded, (log_box_slope(centre, wide) + centre) / wide)
+
+
+def _is_thin(centre: jax.Array, half: jax.Array) -> jax.Array:
+    return half * (1 + jnp.abs(centre)) < 0.1
+
+
+def _series(c: jax.Array, h: jax.Array) -> jax.Array:
+    """(Φ(c + h) − Φ(c − h))/(2h φ(c)) to fourth order in h."""
+    return 1 + h**2 / 6 * (c**2 - 1) + h**4 / 120 * (c**4 - 6 * c**2 + 3)
+
+
+def _log_difference(c: jax.Array, h: jax.Array) -> jax.Array:
+    """log [Φ(c + h) − Φ(c − h)] for c ≤ 0 and h not small."""
+    upper, lower = c + h, c - h
+    tail = upper < 0
+    safe = jnp.where(tail, upper, -1.0)
+    mills = _log_mills(safe)
+    in_tail = mills - safe**2 / 2 + _log1mexp(-2 * c * h + mills - _log_mills(lower))
+    inside = jnp.where(tail, 1.0, upper)
+    log_upper = log_ndtr(inside)
+    in_box = log_upper + _log1mexp(log_upper - log_ndtr(jnp.maximum(jnp.where(tail, -1.0, lower), -30.0)))
+    return jnp.where(tail, in_tail, in_box)
+
+
+def _log_mills(z: jax.Array) -> jax.Array:
+    """log Φ(z) + z²/2 for z ≤ 0, which varies only like −log(−z)."""
+    far = z < -10
+    near = jnp.where(far, -1.0, z)
+    deep = jnp.where(far, z, -20.0)
+    r = 1 / deep**2
+    series = 1 - r * (1 - 3 * r * (1 - 5 * r * (1 - 7 * r)))
+    return jnp.where(far, -jnp.log(-deep) - LOG_ROOT_2PI + jnp.log(series), log_ndtr(near) + near**2 / 2)
+
+
+def _log1mexp(x: jax.Array) -> jax.Array:
+    """log(1 − exp(−x)) for x > 0."""
+    x = jnp.maximum(x, 1e-30)
+    return jnp.where(x < 0.7, jnp.log(-jnp.expm1(-jnp.minimum(x, 0.7))), jnp.log1p(-jnp.exp(-jnp.maximum(x, 0.7))))
+
+
+def principal_axes(factor: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvectors (as columns) and standard deviations of L Lᵀ, from the factor L."""
+    basis, stds, _ = jnp.linalg.svd(factor)
+    return basis, check_positive("the standard deviations of L Lᵀ", stds)
+
+
+def marginal_variance(stds: jax.Array, basis: jax.Array | None) -> jax.Array:
+    """The diagonal of U diag(s²) Uᵀ, over the last axes."""
+    return stds**2 if basis is None else jnp.einsum("...ij,...j->...i", basis**2, stds**2)

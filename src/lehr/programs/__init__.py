@@ -1,0 +1,1 @@
+"""Models as NumPyro programs, and the path of densities that a program spans."""

@@ -1,0 +1,89 @@
+r"""From a path that closes over data to a program that takes data.
+
+A NumPyro model is a Python function that closes over its potentials, weights and
+observations. Compiled as it stands, every array it touches would be a constant of the
+program, and another observation another compilation. So the path's functions are traced to
+jaxprs; the arrays that they close over become arguments, and what remains is the model's
+*structure*. Two structures are equal when their jaxprs read the same, that of the gradient
+included (custom derivative rules, which are opaque in the function's own jaxpr, are spelt
+out there): then the compiled program of one may serve the other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+
+from lehr.programs.path import Path, Position
+
+__all__ = ["Constants", "Structure", "close"]
+
+Constants = dict[str, list[Any]]
+
+
+class Structure:
+    """The functions of a path without its data; hashable, equal when the computations are."""
+
+    def __init__(self, functions: dict[str, Callable[..., Any]], digest: str) -> None:
+        self._functions = functions
+        self.digest = digest
+
+    def log_density(self, constants: Constants, position: Position, t: jax.Array) -> jax.Array:
+        """:meth:`Path.surrogate`: log π_t, up to the parts known through scores only."""
+        return self._functions["log_density"](constants, position, t)
+
+    def init(self, constants: Constants, rng_key: jax.Array, t: jax.Array) -> Position:
+        """:meth:`Path.init`."""
+        return self._functions["init"](constants, rng_key, t)
+
+    def log_start(self, constants: Constants, position: Position, t: jax.Array) -> jax.Array:
+        """:meth:`Path.log_start`."""
+        return self._functions["log_start"](constants, position, t)
+
+    def widths(self, constants: Constants, position: Position, t: jax.Array) -> Position:
+        """:meth:`Path.widths`."""
+        return self._functions["widths"](constants, position, t)
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Structure) and self.digest == other.digest
+
+
+def close(path: Path) -> tuple[Structure, Constants]:
+    """A bound path as structure and data."""
+    key, t = jax.random.key(0), jax.numpy.ones(())
+    position = jax.eval_shape(path.init, key, t)
+    signatures = {
+        "log_density": (path.surrogate, (position, t)),
+        "init": (path.init, (key, t)),
+        "log_start": (path.log_start, (position, t)),
+        "widths": (path.widths, (position, t)),
+    }
+    functions: dict[str, Callable[..., Any]] = {}
+    constants: dict[str, list[Any]] = {}
+    digest = hashlib.sha256()
+    for name, (function, arguments) in signatures.items():
+        traced, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+        constants[name] = list(traced.consts)
+        functions[name] = _open(name, traced.jaxpr, jax.tree.structure(shapes))
+        spelt_out = jax.value_and_grad(functions[name], 1) if name == "log_density" else functions[name]
+        text = str(jax.make_jaxpr(spelt_out)(constants, *arguments))
+        digest.update(re.sub(r"0x[0-9a-f]+", "", text).encode())
+    return Structure(functions, digest.hexdigest()), constants
+
+
+def _open(name: str, jaxpr: Any, treedef: Any) -> Callable[..., Any]:
+    """``jaxpr`` as a function of the constants and of its own arguments."""
+
+    def function(constants: Constants, *arguments: Any) -> Any:
+        closed = ClosedJaxpr(jaxpr, constants[name])
+        return jax.tree.unflatten(treedef, jaxpr_as_fun(closed)(*jax.tree.leaves(arguments)))
+
+    return function

@@ -1,0 +1,389 @@
+r"""The path of a model: one density at each noise level, over all of its latent sites.
+
+With θ the ordinary latents, unconstrained and with their log-Jacobian, and x_t the value
+of the ``Diffusion`` sites,
+
+    log π_t(x_t, θ) = Σ_i w_i log p_i,t(x_t; θ) + log p(θ) + log L(y | x̂₀(x_t), θ).
+
+The model itself is plain NumPyro and says nothing of levels. The path runs it twice: once
+with x_t, and takes the factors of the ``Diffusion`` sites (latent or observed) at level t;
+once with what the guidance says in place of x_t, and takes all other sites. No ``Diffusion``
+ever reads a denoised value. At the end of the ladder both runs read x, and the density is
+the user's own joint.
+
+Chains start from θ ~ p(θ | x = 0) and x ~ N(m, 1/τ), where m and τ collect the Gaussian
+summaries of all ``Diffusion`` sites at the first level; its density is known, so the first
+weight corrects for it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from numpyro import handlers
+from numpyro.distributions import biject_to
+from numpyro.distributions.util import is_identically_one
+from numpyro.infer.util import constrain_fn
+from numpyro.primitives import Messenger
+
+from lehr.potentials.base import EnergyPotential, Potential, check_time, concrete
+from lehr.potentials.reschedule import with_schedule
+from lehr.programs.diffusion import Diffusion, diffusions, map_diffusions
+from lehr.programs.guidance import Guidance, Tweedie
+from lehr.programs.reading import Quadratic, quadratic, unadjusted
+from lehr.schedules import Schedule
+
+__all__ = ["Path", "Position"]
+
+Position = dict[str, jax.Array]
+Site = dict[str, Any]
+Guidances = Guidance | Mapping[str, Guidance]
+
+
+class Path:
+    """π_t over the latent sites of a NumPyro model, or over the x of one potential.
+
+    ``Path(model)`` is unbound; calling it with the model's arguments binds it, and checks the
+    model. ``Path(potential)`` is bound at once, with the one site ``"x"``.
+
+    Args:
+        model: a NumPyro model with at least one latent ``Diffusion`` site, or a potential.
+        guidance: how the other sites read x on the way down: one strategy for all, or a mapping
+            from names of observed sites to strategies; :class:`~lehr.guidance.Tweedie` otherwise.
+
+    Raises:
+        TypeError: if ``model`` is neither, or ``guidance`` is not a strategy.
+    """
+
+    def __init__(self, model: Callable[..., Any] | Potential, guidance: Guidances | None = None) -> None:
+        self.guidance = _per_site(guidance)
+        self.end = jnp.zeros(())
+        self._arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        if isinstance(model, Potential):
+            self.model: Callable[..., Any] = _Prior(model)
+            self._bind((), {})
+        elif callable(model):
+            self.model = model
+        else:
+            raise TypeError(f"Path needs a NumPyro model or a lehr potential; got a {type(model).__name__}.")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Path:
+        """The path bound to the model's arguments. Arrays and floats are data, all else is structure.
+
+        Raises:
+            ValueError: if the model has no latent Diffusion site, if data or observations are NaN,
+                if a latent site is discrete, or if ``guidance`` names a site that the model lacks.
+        """
+        bound = copy.copy(self)
+        bound._bind(jax.tree.map(_as_data, args), jax.tree.map(_as_data, kwargs))
+        return bound
+
+    def ending_at(self, t: ArrayLike) -> Path:
+        """The same path for a ladder that ends at t: there, every site reads x itself."""
+        path = copy.copy(self)
+        path.end = jnp.asarray(t, float)
+        return path
+
+    @property
+    def is_bound(self) -> bool:
+        return self._arguments is not None
+
+    def log_density(self, position: Position, t: ArrayLike) -> jax.Array:
+        """log π_t at an unconstrained position, a scalar.
+
+        Raises:
+            TypeError: if the path is unbound, or a factor is a score and has no log density.
+        """
+        self.refuse_scores("Path.log_density")
+        return self.surrogate(position, t)
+
+    def surrogate(self, position: Position, t: ArrayLike) -> jax.Array:
+        """log π_t where every factor is an energy. Where some are scores its gradient is right and
+        their part of its value is missing: for unadjusted kernels only."""
+        t = check_time(t)
+        x = {name: position[name] for name in self.diffusion_sites}
+
+        def factors(x: Position) -> jax.Array:
+            sites = self._run(position, x, t)
+            return _total(site | {"fn": unadjusted(site["fn"])} for site in sites if diffusions(site["fn"]))
+
+        if not self.other_sites:
+            return factors(x)
+        if any(g.uses_score for g in self._strategies):
+            value, score = jax.value_and_grad(factors)(x)
+            _, copies = self._quadratic("noise", position, t)
+        else:
+            value, score, copies = factors(x), x, x
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        for strategy, names in self._strategies.items():
+            read = {
+                name: jnp.where(t <= self.end, x[name], strategy.estimate(x[name], score[name], copies[name], alpha, sigma))
+                for name in x
+            }
+            sites = self._run(position, read, t)
+            value += _total(site for site in sites if site["name"] in names) + self._log_jacobian(sites, position, names)
+        return value
+
+    def init(self, rng_key: jax.Array, t: ArrayLike = 1.0) -> Position:
+        """One draw of where chains start at level t: an unconstrained position."""
+        t = check_time(t)
+        key_latent, key_x = jax.random.split(rng_key)
+        sites = self._run({}, self._origin(), t, rng_key=key_latent)
+        position = {
+            site["name"]: biject_to(site["fn"].support).inv(site["value"])
+            for site in sites
+            if site["name"] in self.latent_sites
+        }
+        means, precisions = self._quadratic("moments", position, t)
+        for i, name in enumerate(self.diffusion_sites):
+            key = jax.random.fold_in(key_x, i)
+            noise = jax.random.normal(key, means[name].shape)
+            position[name] = means[name] + noise * precisions[name] ** -0.5
+        return position
+
+    def log_start(self, position: Position, t: ArrayLike = 1.0) -> jax.Array:
+        """The log density, normalised, of what :meth:`init` draws at level t."""
+        t = check_time(t)
+        sites = self._run(position, self._origin(), t)
+        log_prior = _total(site for site in sites if site["name"] in self.latent_sites)
+        log_prior += self._log_jacobian(sites, position, self.latent_sites)
+        means, precisions = self._quadratic("moments", position, t)
+        gaussian = [
+            jnp.sum(jnp.log(precisions[k] / (2 * math.pi)) - precisions[k] * (position[k] - means[k]) ** 2) / 2
+            for k in self.diffusion_sites
+        ]
+        return sum(gaussian, log_prior)
+
+    def widths(self, position: Position, t: ArrayLike) -> Position:
+        """The scale of steps at level t, coordinate by coordinate; infinite for ordinary latents,
+        of which the path knows none."""
+        _, precisions = self._quadratic("width", position, check_time(t))
+        return {k: precisions[k] ** -0.5 if k in precisions else jnp.full(v.shape, jnp.inf) for k, v in position.items()}
+
+    def constrain(self, position: Position, batch_ndims: int = 0) -> dict[str, jax.Array]:
+        """The sites' own values at a position, with the deterministic ones.
+
+        Args:
+            position: unconstrained, each leaf with ``batch_ndims`` leading dimensions.
+            batch_ndims: how many.
+        """
+        args, kwargs = self._bound_arguments()
+        return constrain_fn(self.model, args, kwargs, position, return_deterministic=True, batch_ndims=batch_ndims)
+
+    def refuse_scores(self, who: str) -> None:
+        """Raise the TypeError of :meth:`Potential.at` if a factor is known through its score only."""
+        self._bound_arguments()
+        if self.score_sites:
+            raise TypeError(
+                f"{who} needs log densities, and the Diffusion site{'s' * (len(self.score_sites) > 1)} "
+                f"{', '.join(map(repr, self.score_sites))} is known through a score only. A score is not an energy: "
+                'use a line-integral kernel, lehr.HMC(metropolis="line-integral") or lehr.MALA(metropolis='
+                '"line-integral"), or an unadjusted one, lehr.UHMC or lehr.ULA, with lehr.AnnealedMCMC; or give '
+                "an EnergyNetwork."
+            )
+
+    # Binding
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for where, leaf in jax.tree_util.tree_flatten_with_path((args, kwargs))[0]:
+            _refuse_nan(f"the model's argument {jax.tree_util.keystr(where[1:])}", leaf)
+        self._arguments = (args, kwargs)
+        sites = self._discover()
+        self.diffusion_sites = tuple(s["name"] for s in sites if diffusions(s["fn"]) and not s["is_observed"])
+        if not self.diffusion_sites:
+            found = ", ".join(repr(s["name"]) for s in sites) or "none"
+            raise ValueError(
+                "the model has no latent Diffusion site, so there is nothing to anneal: declare one by "
+                f'numpyro.sample("x", lehr.Diffusion(potential)). Its sample sites are: {found}. For a model '
+                "without one, use numpyro.infer.MCMC."
+            )
+        others = [s for s in sites if not diffusions(s["fn"])]
+        self.latent_sites = tuple(s["name"] for s in others if not s["is_observed"])
+        self.other_sites = tuple(s["name"] for s in others)
+        self.observations = {s["name"]: s["value"] for s in sites if s["is_observed"]}
+        for site in others:
+            if not site["is_observed"] and site["fn"].support.is_discrete:
+                raise ValueError(
+                    f"the latent site {site['name']!r} is discrete, and gradients cannot move it: sum it out, for "
+                    "instance by numpyro.distributions.MixtureGeneral or lehr.Mixture."
+                )
+        potentials = [d.potential for s in sites for d in diffusions(s["fn"])]
+        self.schedule: Schedule = potentials[0].schedule
+        self.is_calibrated = all(p.is_calibrated for p in potentials)
+        self.score_sites = tuple(
+            s["name"]
+            for s in sites
+            if any(not isinstance(d.potential, EnergyPotential) for d in diffusions(s["fn"]))
+        )
+        self._strategies = self._assign(self.guidance)
+
+    def _discover(self) -> list[Site]:
+        """The model's sample sites, found by tracing it once with nothing computed."""
+        found: list[Site] = []
+
+        def run(rng_key: jax.Array) -> None:
+            sites = self._run({}, None, 1.0, rng_key=rng_key)
+            found.extend(sites)
+
+        jax.eval_shape(run, jax.random.key(0))
+        for site in found:
+            if site["is_observed"]:
+                _refuse_nan(f"the observation at site {site['name']!r}", site["value"])
+        self._shapes = {s["name"]: jnp.shape(s["value"]) for s in found if diffusions(s["fn"]) and not s["is_observed"]}
+        return found
+
+    def _assign(self, guidance: dict[str | None, Guidance]) -> dict[Guidance, set[str]]:
+        """Which strategy reads for which of the sites that are not diffusions."""
+        unknown = [name for name in guidance if name is not None and name not in self.other_sites]
+        if unknown:
+            raise ValueError(
+                f"guidance names the site {unknown[0]!r}, which the model does not have as an ordinary site; "
+                f"it has {', '.join(map(repr, self.other_sites)) or 'none'}."
+            )
+        assigned: dict[Guidance, set[str]] = {}
+        for name in self.other_sites:
+            assigned.setdefault(guidance.get(name, guidance[None]), set()).add(name)
+        return assigned
+
+    def _bound_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self._arguments is None:
+            raise TypeError(
+                "this Path is not bound to data: call it with the model's arguments, as in "
+                "path = lehr.Path(model)(y=y), or Path(model)() if the model takes none."
+            )
+        return self._arguments
+
+    # Running the model
+
+    def _run(
+        self, position: Position, x: Position | None, t: ArrayLike, rng_key: jax.Array | None = None
+    ) -> list[Site]:
+        """The sample sites of one run of the model, with x at its diffusions, read at level t.
+
+        ``x=None`` puts zeros there. What ``position`` does not hold is drawn from its prior with ``rng_key``.
+        """
+        args, kwargs = self._bound_arguments()
+
+        def value(site: Site) -> jax.Array | None:
+            if site["type"] != "sample":
+                return None
+            name = site["name"]
+            if diffusions(site["fn"]):
+                return jnp.zeros(site["fn"].shape()) if x is None else x[name]
+            return biject_to(site["fn"].support)(position[name]) if name in position else None
+
+        model = self.model if rng_key is None else handlers.seed(self.model, rng_key)
+        schedule = getattr(self, "schedule", None)
+        with handlers.trace() as trace, handlers.substitute(substitute_fn=value), _Level(t, schedule):
+            model(*args, **kwargs)
+        return [site for site in trace.values() if site["type"] == "sample"]
+
+    def _origin(self) -> Position:
+        return {name: jnp.zeros(self._shapes[name]) for name in self.diffusion_sites}
+
+    def _quadratic(self, kind: Quadratic, position: Position, t: ArrayLike) -> tuple[Position, Position]:
+        """Mean and precision, coordinate by coordinate, of the sum of a quadratic reading of all
+        diffusion sites, as a function of x."""
+
+        def total(x: Position) -> jax.Array:
+            sites = self._run(position, x, t)
+            return _total(site | {"fn": quadratic(site["fn"], kind)} for site in sites if diffusions(site["fn"]))
+
+        origin = self._origin()
+        slope = jax.grad(total)(origin)
+        moved = jax.grad(total)(jax.tree.map(jnp.ones_like, origin))
+        precision = jax.tree.map(lambda a, b: a - b, slope, moved)
+        precision = jax.tree.map(lambda p: jnp.where(p > 0, p, 1.0), precision)
+        return jax.tree.map(jnp.divide, slope, precision), precision
+
+    def _log_jacobian(self, sites: list[Site], position: Position, names: Any) -> jax.Array:
+        """Σ log |∂ value/∂ unconstrained| of the ordinary latents among ``names``."""
+        total = jnp.zeros(())
+        for site in sites:
+            if site["name"] in self.latent_sites and site["name"] in names:
+                transform = biject_to(site["fn"].support)
+                total += jnp.sum(transform.log_abs_det_jacobian(position[site["name"]], site["value"]))
+        return total
+
+
+class _Prior:
+    """The model of one potential."""
+
+    def __init__(self, potential: Potential) -> None:
+        self.potential = potential
+
+    def __call__(self) -> jax.Array:
+        import numpyro
+
+        return numpyro.sample("x", Diffusion(self.potential))
+
+
+class _Level(Messenger):
+    """Binds level t to the free diffusions, all seen through the path's one schedule."""
+
+    def __init__(self, t: ArrayLike, schedule: Schedule | None) -> None:
+        self.t, self.schedule = t, schedule
+        super().__init__(None)
+
+    def process_message(self, msg: Site) -> None:
+        if msg["type"] == "sample":
+            msg["fn"] = map_diffusions(self._bind, msg["fn"])
+
+    def _bind(self, site: Diffusion) -> Diffusion:
+        if site.t is not None:
+            return site
+        if self.schedule is None or site.potential.schedule == self.schedule:
+            return site.at(self.t)
+        seen = copy.copy(site)
+        seen.potential = with_schedule(site.potential, self.schedule)
+        return seen.at(self.t)
+
+
+def _total(sites: Any) -> jax.Array:
+    """Σ log p over sites, with the scales that NumPyro's handlers and plates gave them."""
+    total = jnp.zeros(())
+    for site in sites:
+        log_prob = site["fn"].log_prob(site["value"])
+        scale = site["scale"]
+        total += jnp.sum(log_prob if scale is None or is_identically_one(scale) else scale * log_prob)
+    return total
+
+
+def _per_site(guidance: Guidances | None) -> dict[str | None, Guidance]:
+    if guidance is None:
+        return {None: Tweedie()}
+    if isinstance(guidance, Guidance):
+        return {None: guidance}
+    if isinstance(guidance, Mapping) and all(isinstance(g, Guidance) for g in guidance.values()):
+        return {None: Tweedie(), **guidance}
+    raise TypeError(
+        "guidance must be a strategy such as lehr.guidance.Tweedie(), or a mapping from site names to "
+        f"strategies; got {guidance!r}."
+    )
+
+
+def _as_data(leaf: Any) -> Any:
+    """Arrays and floats become JAX arrays, traced by the driver; integers and all else stay."""
+    if isinstance(leaf, float):
+        return jnp.asarray(leaf)
+    if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "fc":
+        return jnp.asarray(leaf)
+    return leaf
+
+
+def _refuse_nan(what: str, value: Any) -> None:
+    if not hasattr(value, "dtype") or isinstance(value, jax.core.Tracer) or np.asarray(value).dtype.kind != "f":
+        return
+    bad = int(np.sum(~np.isfinite(concrete(value))))
+    if bad:
+        raise ValueError(
+            f"{what} holds {bad} value{'s' * (bad > 1)} that {'are' if bad > 1 else 'is'} NaN or infinite. Fill them "
+            "with any finite number and mask them in the model, e.g. dist.Normal(...).mask(observed)."
+        )
