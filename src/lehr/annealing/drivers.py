@@ -32,6 +32,7 @@ from lehr.programs.path import Path
 
 __all__ = ["AnnealedMCMC", "AnnealedSMC"]
 
+NUM_STARTS = 32  # where there are ordinary latents, each chain chooses its start from as many draws
 _compiled = jax.jit(anneal, static_argnames=("structure", "plan"))
 
 
@@ -87,7 +88,7 @@ class _Driver:
         ladder = self._ladder(path)
         path = path.ending_at(ladder.times[-1])
         structure, constants = close(path)
-        plan = self._plan(tunes=not path.score_sites)
+        plan = self._plan(path)
         dimension = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(path.init, rng_key)))
         started = time.monotonic()
         with progress_bar(type(self).__name__, len(ladder)) if self.progress else _silence():
@@ -146,9 +147,19 @@ class _Driver:
 
         return ladder_for(path.schedule, finest, self.ladder)
 
-    def _plan(self, tunes: bool) -> Plan:
-        warmup, steps = (self.num_warmup, self.num_steps) if tunes else (0, self.num_steps + self.num_warmup)
-        return Plan(self.kernel, self.num_chains, warmup, steps, self._num_draws(), self._thinning(), self.weighted, self.progress)
+    def _plan(self, path: Path) -> Plan:
+        tunes = not path.score_sites  # the acceptance that tuning follows needs energies
+        return Plan(
+            kernel=self.kernel,
+            num_chains=self.num_chains,
+            num_starts=1 if self.weighted or not path.latent_sites else NUM_STARTS,
+            num_warmup=self.num_warmup if tunes else 0,
+            num_steps=self.num_steps if tunes else self.num_steps + self.num_warmup,
+            num_draws=self._num_draws(),
+            thinning=self._thinning(),
+            weighted=self.weighted,
+            progress=self.progress,
+        )
 
     def _threshold(self) -> float:
         return 0.0

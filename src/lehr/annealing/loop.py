@@ -39,6 +39,8 @@ __all__ = ["Anneal", "Draws", "LevelStats", "Plan", "anneal"]
 
 PRIOR_CHAINS = 5.0  # how many chains' worth the prior spread counts in the pooled one
 GAIN_DECAY = 0.6
+ONE_SIGMA = (0.1587, 0.8413)  # the quantiles at ±1σ of a Gaussian
+SHORT_SHARE, SHORT_STEP = 0.125, 0.25  # which share of transitions take which share of the step
 
 
 class Plan(NamedTuple):
@@ -47,6 +49,7 @@ class Plan(NamedTuple):
     Attributes:
         kernel: how chains move.
         num_chains: N.
+        num_starts: draws that each chain chooses its start from; 1 for weighted chains.
         num_warmup: tuned transitions at each level.
         num_steps: frozen transitions at each level.
         num_draws: kept transitions of each chain after the last level; 0 keeps the final points.
@@ -57,6 +60,7 @@ class Plan(NamedTuple):
 
     kernel: Kernel
     num_chains: int
+    num_starts: int
     num_warmup: int
     num_steps: int
     num_draws: int
@@ -131,8 +135,7 @@ def anneal(
     step = plan.kernel.build()
     key_start, key_levels, key_draws, key_final = (jax.random.fold_in(rng_key, i) for i in range(4))
 
-    start = jax.vmap(lambda key: structure.init(constants, key, times[0]))(_per_chain(key_start, n))
-    log_start = jax.vmap(lambda q: structure.log_start(constants, q, times[0]))(start)
+    start, log_start = jax.vmap(_starter(structure, plan, constants, times[0]))(_per_chain(key_start, n))
     prior_variance = jax.tree.map(lambda q: jnp.var(q, 0), start)
 
     def target(t: jax.Array) -> Any:
@@ -194,6 +197,28 @@ def anneal(
     )  # fmt: skip
 
 
+def _starter(structure: Structure, plan: Plan, constants: Constants, t: jax.Array) -> Any:
+    """How one chain starts: ``start(key) -> (position, log start density)``.
+
+    An ordinary latent drawn from its prior may lie where the likelihood is a cliff, and no step
+    that suits the other chains would ever move it. Unweighted chains therefore choose, each for
+    itself, one of ``num_starts`` draws, with the importance weights of the first level.
+    """
+
+    def draw(rng_key: jax.Array) -> tuple[Position, jax.Array]:
+        position = structure.init(constants, rng_key, t)
+        return position, structure.log_start(constants, position, t)
+
+    def choose(rng_key: jax.Array) -> tuple[Position, jax.Array]:
+        key_draws, key_choice = jax.random.split(rng_key)
+        drawn = jax.vmap(draw)(jax.random.split(key_draws, plan.num_starts))
+        weights = jax.vmap(lambda q: structure.log_density(constants, q, t))(drawn[0]) - drawn[1]
+        chosen = jax.random.categorical(key_choice, jnp.where(jnp.isfinite(weights), weights, -jnp.inf))
+        return jax.tree.map(lambda leaf: leaf[chosen], drawn)
+
+    return choose if plan.num_starts > 1 else draw
+
+
 def _weigh(
     carry: _Carry, increment: jax.Array, rng_key: jax.Array, threshold: jax.Array
 ) -> tuple[_Carry, jax.Array, jax.Array]:
@@ -222,13 +247,12 @@ def _inverse_mass(
 ) -> jax.Array:
     """The squared scale of each coordinate, flat: the lesser of width² and pooled variance."""
     position = carry.chains.position
-    weights = jnp.exp(carry.log_weights)
-    n = weights.shape[0]
+    n = carry.log_weights.shape[0]
     widths = structure.widths(constants, jax.tree.map(lambda leaf: leaf[0], position), t)
 
     def squared_scale(q: jax.Array, width: jax.Array, prior: jax.Array) -> jax.Array:
-        mean = jnp.tensordot(weights, q, 1)
-        pooled = jnp.tensordot(weights, (q - mean) ** 2, 1)
+        low, high = jnp.quantile(q, jnp.array(ONE_SIGMA), axis=0)
+        pooled = ((high - low) / 2) ** 2
         cap = jnp.where(jnp.isfinite(width), width**2, prior + 1e-12)
         shrunk = (n * pooled + PRIOR_CHAINS * cap) / (n + PRIOR_CHAINS)
         return jnp.where(jnp.isfinite(shrunk), jnp.minimum(shrunk, width**2), cap)
@@ -245,10 +269,15 @@ def _mover(step: Step, plan: Plan, log_density: LogDensity, inverse_mass: jax.Ar
     def move(rng_key: jax.Array, chains: Any, log_step: jax.Array, num_warmup: int, num_steps: int) -> Any:
         def one(state: tuple[Any, jax.Array], i: jax.Array) -> tuple[tuple[Any, jax.Array], Stats]:
             chains, log_step = state
+
+            def transition(rng_key: jax.Array, chain: Any) -> tuple[Any, Stats]:
+                key_step, key_length = jax.random.split(rng_key)
+                short = jax.random.bernoulli(key_length, SHORT_SHARE)
+                step_size = jnp.exp(log_step) * jnp.where(short, SHORT_STEP, 1.0)
+                return step(key_step, chain, log_density, step_size, inverse_mass)
+
             keys = _per_chain(jax.random.fold_in(rng_key, i), plan.num_chains)
-            chains, stats = jax.vmap(lambda key, chain: step(key, chain, log_density, jnp.exp(log_step), inverse_mass))(
-                keys, chains
-            )
+            chains, stats = jax.vmap(transition)(keys, chains)
             error = jnp.mean(stats.acceptance_rate) - plan.kernel.target_acceptance
             gain = jnp.where(i < num_warmup, (i + 1.0) ** -GAIN_DECAY, 0.0)
             return (chains, log_step + gain * error), stats

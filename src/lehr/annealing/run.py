@@ -147,6 +147,7 @@ def record(method: str, path: Path, plan: Plan, ladder: Ladder, result: Anneal, 
         stats |= {"acceptance_rate": by_chain.stats.acceptance_rate, "diverging": by_chain.stats.is_divergent}
     transitions = plan.num_warmup + plan.num_steps
     per_chain = len(ladder) * (1 + transitions * plan.kernel.evaluations_per_step)
+    per_chain += plan.num_starts if plan.num_starts > 1 else 0
     attrs = {
         "kernel": repr(plan.kernel),
         "guidance": ", ".join(sorted({repr(g) for g in path.guidance.values()})),

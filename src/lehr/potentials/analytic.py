@@ -300,7 +300,7 @@ class Uniform(ExactPotential):
 
 def log_box(centre: jax.Array, half: jax.Array) -> jax.Array:
     """G(c, h) = log [(Φ(c + h) − Φ(c − h))/2h], elementwise, for h ≥ 0."""
-    centre = -jnp.abs(centre)
+    centre = jnp.where(centre > 0, -centre, centre)  # not −|c|, whose second derivative is lost at 0
     thin = _is_thin(centre, half)
     narrow = jnp.where(thin, half, 0.0)
     at_origin = jnp.where(thin, centre, 0.0)
@@ -357,7 +357,7 @@ def _log_mills(z: jax.Array) -> jax.Array:
 
 def _log1mexp(x: jax.Array) -> jax.Array:
     """log(1 − exp(−x)) for x > 0."""
-    x = jnp.maximum(x, 1e-30)
+    x = jnp.maximum(x, 1e-6)  # smaller only in a branch not taken, whose second derivative stays finite
     return jnp.where(x < 0.7, jnp.log(-jnp.expm1(-jnp.minimum(x, 0.7))), jnp.log1p(-jnp.exp(-jnp.maximum(x, 0.7))))
 
 

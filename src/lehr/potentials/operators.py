@@ -49,7 +49,6 @@ from lehr.schedules import Schedule
 
 __all__ = [
     "Contrast",
-    "EnergyContrast",
     "EnergyMixture",
     "EnergyProduct",
     "Floored",

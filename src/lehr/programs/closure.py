@@ -7,17 +7,21 @@ jaxprs; the arrays that they close over become arguments, and what remains is th
 *structure*. Two structures are equal when their jaxprs read the same, that of the gradient
 included (custom derivative rules, which are opaque in the function's own jaxpr, are spelt
 out there): then the compiled program of one may serve the other.
+
+Arrays that a ``jax.jit`` or a custom derivative rule inside the model closes over cannot be
+taken out; they belong to the structure, by value.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 from lehr.programs.path import Path, Position
 
@@ -74,8 +78,10 @@ def close(path: Path) -> tuple[Structure, Constants]:
         constants[name] = list(traced.consts)
         functions[name] = _open(name, traced.jaxpr, jax.tree.structure(shapes))
         spelt_out = jax.value_and_grad(functions[name], 1) if name == "log_density" else functions[name]
-        text = str(jax.make_jaxpr(spelt_out)(constants, *arguments))
-        digest.update(re.sub(r"0x[0-9a-f]+", "", text).encode())
+        program = jax.make_jaxpr(spelt_out)(constants, *arguments)
+        digest.update(re.sub(r"0x[0-9a-f]+", "", str(program)).encode())
+        for unread in _unread(program):
+            digest.update(unread)
     return Structure(functions, digest.hexdigest()), constants
 
 
@@ -87,3 +93,16 @@ def _open(name: str, jaxpr: Any, treedef: Any) -> Callable[..., Any]:
         return jax.tree.unflatten(treedef, jaxpr_as_fun(closed)(*jax.tree.leaves(arguments)))
 
     return function
+
+
+def _unread(program: Any) -> Iterator[bytes]:
+    """What the text of a jaxpr leaves out: the arrays that it and the jaxprs in it hold, and who is called back."""
+    for constant in getattr(program, "consts", ()):
+        is_key = jax.numpy.issubdtype(constant.dtype, jax.dtypes.prng_key)
+        yield np.asarray(jax.random.key_data(constant) if is_key else constant).tobytes()
+    for equation in program.eqns:
+        if "callback" in equation.params:
+            yield str(equation.params["callback"]).encode()
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            if isinstance(inner, Jaxpr | ClosedJaxpr):
+                yield from _unread(inner)

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from numpyro import handlers
-from numpyro.distributions import biject_to
+from numpyro.distributions import MaskedDistribution, biject_to
 from numpyro.distributions.util import is_identically_one
 from numpyro.infer.util import constrain_fn
 from numpyro.primitives import Messenger
@@ -152,7 +152,7 @@ class Path:
         """The log density, normalised, of what :meth:`init` draws at level t."""
         t = check_time(t)
         sites = self._run(position, self._origin(), t)
-        log_prior = _total(site for site in sites if site["name"] in self.latent_sites)
+        log_prior = _total(_as_drawn(site) for site in sites if site["name"] in self.latent_sites)
         log_prior += self._log_jacobian(sites, position, self.latent_sites)
         means, precisions = self._quadratic("moments", position, t)
         gaussian = [
@@ -272,7 +272,7 @@ class Path:
         args, kwargs = self._bound_arguments()
 
         def value(site: Site) -> jax.Array | None:
-            if site["type"] != "sample":
+            if site["type"] != "sample" or site["is_observed"]:
                 return None
             name = site["name"]
             if diffusions(site["fn"]):
@@ -286,6 +286,7 @@ class Path:
         return [site for site in trace.values() if site["type"] == "sample"]
 
     def _origin(self) -> Position:
+        self._bound_arguments()
         return {name: jnp.zeros(self._shapes[name]) for name in self.diffusion_sites}
 
     def _quadratic(self, kind: Quadratic, position: Position, t: ArrayLike) -> tuple[Position, Position]:
@@ -356,6 +357,18 @@ def _total(sites: Any) -> jax.Array:
     return total
 
 
+def _as_drawn(site: Site) -> Site:
+    """An ordinary latent with the density that it is drawn from: scales and masks weigh sites, not draws."""
+
+    def unmasked(fn: Any) -> Any:
+        masked = MaskedDistribution
+        return jax.tree.map(
+            lambda d: unmasked(d.base_dist) if isinstance(d, masked) else d, fn, is_leaf=lambda d: isinstance(d, masked)
+        )
+
+    return site | {"fn": unmasked(site["fn"]), "scale": None}
+
+
 def _per_site(guidance: Guidances | None) -> dict[str | None, Guidance]:
     if guidance is None:
         return {None: Tweedie()}
@@ -379,6 +392,7 @@ def _as_data(leaf: Any) -> Any:
 
 
 def _refuse_nan(what: str, value: Any) -> None:
+    value = np.asarray(value) if isinstance(value, float) else value
     if not hasattr(value, "dtype") or isinstance(value, jax.core.Tracer) or np.asarray(value).dtype.kind != "f":
         return
     bad = int(np.sum(~np.isfinite(concrete(value))))

@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 from lehr.potentials.base import EnergyPotential, Potential
 from lehr.programs.diffusion import Diffusion, map_diffusions
 
-__all__ = ["Quadratic", "gradient_of", "quadratic", "unadjusted"]
+__all__ = ["Quadratic", "quadratic", "unadjusted"]
 
 Quadratic = Literal["moments", "noise", "width"]
 
@@ -73,19 +73,13 @@ _QUADRATICS: dict[str, Callable[[Potential, jax.Array, jax.Array], jax.Array]] =
 }
 
 
+@jax.custom_jvp
 def _stand_in(p: Potential, x: jax.Array, t: jax.Array) -> jax.Array:
-    return gradient_of(lambda y: p.score(y, t))(x)
+    """Zero, with the score as its gradient; only for those who never ask its value."""
+    return jnp.zeros(())
 
 
-def gradient_of(score: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
-    """A function of value zero whose gradient is ``score``; only for those who never ask its value."""
-
-    @jax.custom_jvp
-    def zero(x: jax.Array) -> jax.Array:
-        return jnp.zeros(())
-
-    @zero.defjvp
-    def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return jnp.zeros(()), jnp.vdot(score(primals[0]), tangents[0])
-
-    return zero
+@_stand_in.defjvp
+def _(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+    p, x, t = primals  # arguments, not closed over: the rule outlives the trace in which it was made
+    return _stand_in(p, x, t), jnp.vdot(p.score(x, t), tangents[1])

@@ -18,6 +18,16 @@ energy has its own time derivative written in, which leaves the network the smal
 Both losses are weighted by v/s² = 1 + σ²/s²: the noise that remains in the targets then has
 the same size at every level. σ is log-uniform, stratified over the batch.
 
+**Where there are no data.** At small σ the noisy data cover only the support, and between
+and beyond it a network may say anything: one particle that strays there can be given more
+weight than all others together. But E[‖ε‖² | y] is never negative, so that at *every* y
+
+    ∂ log p_σ(y)/∂ log σ ≥ −d :
+
+going down in σ, no density rises faster than that of a point. The third loss is the square
+of what this inequality is violated by, at points spread over several widths of the data. It
+carries what is known at a σ wide enough to reach y down to all smaller ones.
+
 References:
     Vincent, A connection between score matching and denoising autoencoders, 2011.
     Guth, Kadkhodaie & Simoncelli, Learning normalized image densities via dual score
@@ -38,14 +48,24 @@ __all__ = ["Losses", "dual_score_matching"]
 
 
 class Losses(NamedTuple):
-    """The two mean losses of a batch, before they are added."""
+    """The mean losses of a batch, before they are added.
+
+    Attributes:
+        score: of the derivative in space.
+        time: of the derivative by log σ.
+        bound: of the bound on it, away from the data.
+    """
 
     score: jax.Array
     time: jax.Array
+    bound: jax.Array
+
+
+SPREAD = 2.5  # of the points where the bound is asked for, in units of √v
 
 
 def dual_score_matching(potential: EnergyNetwork, rng_key: jax.Array, data: jax.Array) -> Losses:
-    """The two losses of one batch, each with one draw of (σ, ε) for each event.
+    """The losses of one batch, each with one draw of (σ, ε) for each event.
 
     Args:
         potential: the energy that is being trained.
@@ -53,22 +73,32 @@ def dual_score_matching(potential: EnergyNetwork, rng_key: jax.Array, data: jax.
         data: x₀, shape (n, *event_shape), in data units.
     """
     n, dimension = data.shape[0], math.prod(potential.event_shape)
-    key_level, key_noise = jax.random.split(rng_key)
-    low, high = (math.log(s) for s in potential.sigma_range)
-    strata = (jnp.arange(n) + jax.random.uniform(key_level, (n,))) / n
-    log_sigma = low + (high - low) * strata
-    noise = jax.random.normal(key_noise, data.shape)
+    key_level, key_noise, key_away, key_bound = jax.random.split(rng_key, 4)
 
-    def one(x0: jax.Array, log_sigma: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def levels(rng_key: jax.Array, n: int) -> jax.Array:
+        low, high = (math.log(s) for s in potential.sigma_range)
+        return low + (high - low) * (jnp.arange(n) + jax.random.uniform(rng_key, (n,))) / n
+
+    def by_y_and_log_sigma(y: jax.Array, log_sigma: jax.Array) -> tuple[jax.Array, jax.Array]:
         def log_density(y: jax.Array, log_sigma: jax.Array) -> jax.Array:
             return potential.log_density_at(y, jnp.ones(()), jnp.exp(log_sigma))
 
+        return jax.grad(log_density, (0, 1))(y, log_sigma)
+
+    def regress(x0: jax.Array, log_sigma: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
         sigma = jnp.exp(log_sigma)
-        by_y, by_log_sigma = jax.grad(log_density, (0, 1))(x0 + sigma * noise, log_sigma)
+        by_y, by_log_sigma = by_y_and_log_sigma(x0 + sigma * noise, log_sigma)
         weight = 1 + (sigma / potential.std) ** 2
         in_space = jnp.sum((sigma * by_y + noise) ** 2)
         in_time = (by_log_sigma - (jnp.sum(noise**2) - dimension)) ** 2
         return weight * in_space, weight * in_time
 
-    space, time = jax.vmap(one)(data, log_sigma, noise)
-    return Losses(jnp.mean(space), jnp.mean(time))
+    def exceed(away: jax.Array, log_sigma: jax.Array) -> jax.Array:
+        y = potential.mean + SPREAD * jnp.hypot(potential.std, jnp.exp(log_sigma)) * away
+        return jnp.maximum(-dimension - by_y_and_log_sigma(y, log_sigma)[1], 0.0) ** 2
+
+    space, time = jax.vmap(regress)(data, levels(key_level, n), jax.random.normal(key_noise, data.shape))
+    few = max(n // 4, 1)
+    away = jax.random.normal(key_away, (few, *potential.event_shape))
+    bound = jax.vmap(exceed)(away, levels(key_bound, few))
+    return Losses(jnp.mean(space), jnp.mean(time), jnp.mean(bound))

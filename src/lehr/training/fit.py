@@ -19,7 +19,7 @@ from flax import nnx
 
 from lehr.potentials.base import replace
 from lehr.potentials.network import EnergyNetwork
-from lehr.training.dual import dual_score_matching
+from lehr.training.dual import Losses, dual_score_matching
 
 __all__ = ["Recipe", "fit"]
 
@@ -34,13 +34,15 @@ class Recipe(NamedTuple):
         batch_size: events a step.
         learning_rate: peak rate of Adam; it falls to zero along a cosine.
         time_weight: weight of the time loss beside the score loss.
+        bound_weight: weight of the bound on the time derivative, away from the data.
         ema_decay: decay of the average of the weights.
     """
 
-    num_steps: int = 16_000
+    num_steps: int = 12_000
     batch_size: int = 1024
     learning_rate: float = 2e-3
     time_weight: float = 0.3
+    bound_weight: float = 0.1
     ema_decay: float = 0.999
 
 
@@ -57,7 +59,7 @@ def fit(
     recipe: Recipe = Recipe(),
     *,
     chunk: int = 250,
-    on_chunk: Callable[[int, float, float], None] | None = None,
+    on_chunk: Callable[[int, Losses], None] | None = None,
 ) -> EnergyNetwork:
     """Train an energy network by dual score matching; the result is calibrated.
 
@@ -67,7 +69,7 @@ def fit(
         rng_key: a JAX key.
         recipe: length and strength of the training.
         chunk: steps between two reports.
-        on_chunk: called with (steps done, score loss, time loss) after each chunk.
+        on_chunk: called with (steps done, mean losses) after each chunk.
 
     Returns:
         The potential with averaged weights and ``calibrated=True``.
@@ -97,7 +99,7 @@ def fit(
 
         def loss(params: nnx.State) -> tuple[jax.Array, jax.Array]:
             losses = dual_score_matching(with_params(params), key_noise, data)
-            return losses.score + recipe.time_weight * losses.time, jnp.stack(losses)
+            return losses.score + recipe.time_weight * losses.time + recipe.bound_weight * losses.bound, jnp.stack(losses)
 
         gradient, losses = jax.grad(loss, has_aux=True)(progress.params)
         updates, state = optimiser.update(gradient, progress.optimiser, progress.params)
@@ -110,11 +112,11 @@ def fit(
     for start in range(0, recipe.num_steps, chunk):
         stop = min(start + chunk, recipe.num_steps)
         progress, losses = run_chunk(progress, jnp.arange(start, stop))
-        score, time = np.mean(np.asarray(losses), 0)
-        if not np.isfinite(score + time):
+        means = np.mean(np.asarray(losses), 0)
+        if not np.all(np.isfinite(means)):
             raise FloatingPointError(
                 f"the loss is no longer finite after {stop} steps; lower recipe.learning_rate."
             )
         if on_chunk is not None:
-            on_chunk(stop, float(score), float(time))
+            on_chunk(stop, Losses(*(float(x) for x in means)))
     return replace(with_params(progress.average), calibrated=True)

@@ -16,6 +16,7 @@ from lehr.checkpoints.native import write_checkpoint
 from lehr.networks import ResidualMLP
 from lehr.potentials.analytic import ExactPotential
 from lehr.potentials.network import EnergyNetwork
+from lehr.training.dual import Losses
 from lehr.training.fit import Recipe, fit
 from lehr.zoo.targets import target
 
@@ -32,7 +33,7 @@ def train(
     recipe: Recipe = Recipe(),
     *,
     seed: int = 0,
-    on_chunk: Callable[[int, float, float], None] | None = None,
+    on_chunk: Callable[[int, Losses], None] | None = None,
 ) -> Path:
     """Train one of the shipped models from samples and write it with its card.
 
