@@ -16,7 +16,7 @@ References:
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -49,7 +49,7 @@ class _Hamiltonian(Kernel):
         target_acceptance: the mean acceptance to tune for.
     """
 
-    step_size: float | None = None
+    step_size: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.step_size is not None and not 0 < self.step_size < float("inf"):
@@ -102,7 +102,7 @@ class HMC(_Hamiltonian):
     """
 
     num_integration_steps: int = 3
-    target_acceptance: float = 0.75
+    target_acceptance: float = field(default=0.75, kw_only=True)
     is_adjusted = True
 
 
@@ -112,7 +112,7 @@ class UHMC(_Hamiltonian):
     the acceptance that is tuned and reported is the one a test would have had."""
 
     num_integration_steps: int = 3
-    target_acceptance: float = 0.95
+    target_acceptance: float = field(default=0.95, kw_only=True)
     is_adjusted = False
 
 
@@ -128,7 +128,7 @@ class MALA(_Hamiltonian):
         ValueError: for a step size or target out of range.
     """
 
-    target_acceptance: float = 0.57
+    target_acceptance: float = field(default=0.57, kw_only=True)
     is_adjusted = True
 
 
@@ -136,5 +136,5 @@ class MALA(_Hamiltonian):
 class ULA(_Hamiltonian):
     """The unadjusted Langevin algorithm: MALA without the test. Arguments as for :class:`MALA`."""
 
-    target_acceptance: float = 0.9
+    target_acceptance: float = field(default=0.9, kw_only=True)
     is_adjusted = False

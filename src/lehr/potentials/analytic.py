@@ -300,7 +300,7 @@ class Uniform(ExactPotential):
 
 def log_box(centre: jax.Array, half: jax.Array) -> jax.Array:
     """G(c, h) = log [(Φ(c + h) − Φ(c − h))/2h], elementwise, for h ≥ 0."""
-    centre = jnp.where(centre > 0, -centre, centre)  # not −|c|, whose second derivative is lost at 0
+    centre = -jnp.abs(centre)
     thin = _is_thin(centre, half)
     narrow = jnp.where(thin, half, 0.0)
     at_origin = jnp.where(thin, centre, 0.0)

@@ -15,8 +15,6 @@ Subclasses write the single-point formulas ``_score``, ``_denoise``, ``_noise`` 
 methods check shapes and times once, here.
 """
 
-from __future__ import annotations
-
 import abc
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -62,6 +60,7 @@ class Potential(eqx.Module):
             density, Σ w_i for a product Π p_i^{w_i}, whose members each carry the same noise.
     """
 
+    # Not under `from __future__ import annotations`: equinox reads an AbstractVar in a string as a field.
     schedule: eqx.AbstractVar[Schedule]
     event_shape: eqx.AbstractVar[tuple[int, ...]]
 
@@ -127,17 +126,17 @@ class Potential(eqx.Module):
 
     # Composition; the operators are defined over potentials, so they are imported when used.
 
-    def __mul__(self, other: Any) -> Potential:
+    def __mul__(self, other: Any) -> "Potential":
         from lehr.potentials.operators import Product
 
         return Product([self, other]) if isinstance(other, Potential) else NotImplemented
 
-    def __truediv__(self, other: Any) -> Potential:
+    def __truediv__(self, other: Any) -> "Potential":
         from lehr.potentials.operators import Product
 
         return Product([self, other], [1.0, -1.0]) if isinstance(other, Potential) else NotImplemented
 
-    def __pow__(self, exponent: ArrayLike) -> Potential:
+    def __pow__(self, exponent: ArrayLike) -> "Potential":
         from lehr.potentials.operators import Power
 
         return Power(self, exponent)

@@ -1,0 +1,33 @@
+"""Settings shared by all tests: a persistent compilation cache, and the figures' common targets."""
+
+import os
+import warnings
+from pathlib import Path
+
+CACHE = Path(__file__).parent.parent / ".jax_cache"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # ArviZ 0.x announces its successor when it is first imported
+    import arviz  # noqa: F401
+
+import jax.numpy as jnp
+import pytest
+
+import lehr
+
+
+@pytest.fixture(scope="session")
+def ring() -> lehr.GaussianMixture:
+    """Eight Gaussians of std .03 on a circle of radius .5."""
+    angle = 2 * jnp.pi * jnp.arange(8) / 8
+    return lehr.GaussianMixture(0.5 * jnp.stack([jnp.cos(angle), jnp.sin(angle)], -1), 0.03)
+
+
+@pytest.fixture(scope="session")
+def bar() -> lehr.Uniform:
+    """Uniform on |x| < .2, |y| < 1."""
+    return lehr.Uniform([-0.2, -1.0], [0.2, 1.0])

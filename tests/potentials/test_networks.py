@@ -1,0 +1,231 @@
+"""Network potentials against their formulas, and against Gaussians that a network can be exactly."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import lehr
+from lehr.networks import ResidualMLP
+from lehr.predictions import predict
+
+EPS = np.finfo(np.float32).eps
+HEADS = ("scalar", "inner", "l2", "dae")
+MEAN, STD = np.array([0.3, -0.2]), 0.6
+T = np.array([0.02, 0.2, 0.5, 0.8, 0.99], np.float32)
+X = np.random.default_rng(0).normal(size=(12, 2)).astype(np.float32)
+
+
+def mlp(head, readout=0.3):
+    """A small random network; the readout of a ResidualMLP starts at zero."""
+    network = ResidualMLP(2, 0 if head == "scalar" else 2, width=16, num_blocks=1, num_frequencies=4, rngs=nnx.Rngs(0))
+    shape = network.readout.kernel.shape
+    network.readout.kernel = nnx.Param(readout * jax.random.normal(jax.random.key(1), shape))
+    return network
+
+
+def energy(head, readout=0.3, schedule=None):
+    return lehr.EnergyNetwork(mlp(head, readout), schedule, head=head, mean=MEAN, std=STD)
+
+
+@eqx.filter_jit
+def readings(p, x, t):
+    """log density, score, denoise and noise at all (t, x)."""
+
+    def one(x, t):
+        return p.log_density(x, t), p.score(x, t), p.denoise(x, t), p.noise(x, t)
+
+    return jax.vmap(lambda t: jax.vmap(lambda x: one(x, t))(x))(t)
+
+
+@eqx.filter_jit
+def scores(p, x, t):
+    def one(x, t):
+        return p.score(x, t), p.denoise(x, t), p.noise(x, t)
+
+    return jax.vmap(lambda t: jax.vmap(lambda x: one(x, t))(x))(t)
+
+
+def noising(schedule, t):
+    """α and σ in float64, shaped (time, 1, 1)."""
+    return (np.asarray(f(t), float)[:, None, None] for f in (schedule.alpha, schedule.sigma))
+
+
+# Energies.
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_energy_is_its_formula(head):
+    p, network = energy(head), mlp(head)
+    log_density = np.asarray(readings(p, X, T)[0], float)
+    alpha, sigma = noising(p.schedule, T)
+    root = np.sqrt(alpha**2 * STD**2 + sigma**2)
+    z = (X - alpha * MEAN) / root
+    c = np.broadcast_to(np.log(sigma / alpha)[:, :, 0], z.shape[:2])
+    flat = jax.vmap(network)(jnp.asarray(z.reshape(-1, 2), jnp.float32), jnp.asarray(c.ravel(), jnp.float32))
+    f = np.asarray(flat, float).reshape(*z.shape[:2], *flat.shape[1:])
+    residual = {
+        "scalar": lambda: f,
+        "inner": lambda: np.sum(z * f, -1),
+        "l2": lambda: np.sum(f**2, -1) / 2,
+        "dae": lambda: np.sum((z - f) ** 2, -1) / 2,
+    }[head]()
+    gaussian = -np.sum(z**2, -1) / 2 - np.log(2 * np.pi * root[..., 0] ** 2)
+    prefactor = (alpha * STD / sigma * (alpha * STD / root) ** 2)[..., 0]
+    # The prefactor, up to 30 here, multiplies a residual that is known to a few float32 roundings.
+    np.testing.assert_allclose(log_density, gaussian - prefactor * residual, rtol=1e-5, atol=64 * EPS * prefactor.max())
+    assert np.std(prefactor * residual) > 0.1
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_score_denoise_and_noise_of_an_energy_are_one_and_the_same(head):
+    p = energy(head)
+    t = np.asarray(lehr.Ladder.log_snr(p.schedule, 12).times)
+    _, score, data, noise = (np.asarray(a, float) for a in readings(p, X, t))
+    alpha, sigma = noising(p.schedule, t)
+    size = 1 + np.abs(sigma * score)
+    assert np.all(np.abs(noise + sigma * score) <= 64 * EPS * size)
+    assert np.all(np.abs(alpha * data - (X + sigma**2 * score)) <= 64 * EPS * (np.abs(X) + sigma * size))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_score_of_an_energy_is_the_slope_of_its_log_density(head):
+    p, h = energy(head), 1e-2
+    t = T[1:]
+    score = np.asarray(readings(p, X, t)[1], float)
+    for i, e in enumerate(h * np.eye(2, dtype=np.float32)):
+        up, down = (np.asarray(readings(p, X + s * e, t)[0], float) for s in (1, -1))
+        # Float32 leaves 1e-5 of a log density of order ten; the third derivative, of order 100, h² of it.
+        np.testing.assert_allclose((up - down) / (2 * h), score[..., i], rtol=1e-2, atol=3e-3)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_energy_is_finite_at_the_data_and_normal_at_the_noise(head):
+    p = energy(head)
+    at_zero, at_one = zip(*(np.asarray(a) for a in readings(p, X, np.array([0.0, 1.0], np.float32))), strict=True)
+    assert all(np.all(np.isfinite(a)) for a in at_zero)
+    log_density, score, data, noise = at_one
+    np.testing.assert_allclose(log_density, -np.sum(X**2, -1) / 2 - np.log(2 * np.pi), rtol=8 * EPS, atol=8 * EPS)
+    np.testing.assert_allclose(score, -X, rtol=8 * EPS)
+    np.testing.assert_allclose(noise, X, rtol=8 * EPS)
+    np.testing.assert_allclose(data, np.broadcast_to(MEAN, X.shape), rtol=8 * EPS)
+
+
+def test_below_what_was_trained_the_density_stands_still():
+    p = energy("scalar")
+    below = float(p.schedule.time(-2 * np.log(1e-3)))  # σ/α = .001, half of the least that was trained
+    trained = float(p.schedule.time(-2 * np.log(2e-3)))
+    x = jnp.asarray(X[0])
+    np.testing.assert_allclose(p.log_density(x, below), p.log_density(x, 0.0), rtol=1e-5)
+    np.testing.assert_allclose(p.log_density(x, trained), p.log_density(x, 0.0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("schedule", [lehr.VE(0.005, 50.0), lehr.RectifiedFlow(), lehr.VPLinear()])
+def test_energy_agrees_across_schedules(schedule):
+    p = energy("scalar")
+    seen = lehr.with_schedule(p, schedule)
+    direct = energy("scalar", schedule=schedule)
+    t = np.array([0.1, 0.4, 0.8], np.float32)
+    theirs = p.schedule.time(schedule.log_snr(t))
+    ratio = p.schedule.alpha(theirs) / schedule.alpha(t)
+    for i in range(3):
+        here = readings(seen, X, t[i : i + 1])
+        there = readings(p, ratio[i] * X, theirs[i : i + 1])
+        # σ/α is matched through a time rounded to EPS, which moves readings by 1e-4 of the largest.
+        jacobian = 2 * np.log(ratio[i])
+        for got, want in zip(here, (there[0] + jacobian, ratio[i] * there[1], *there[2:]), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * float(jnp.max(jnp.abs(want))))
+    for got, want in zip(readings(seen, X, t), readings(direct, X, t), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("head", ["scalar", "inner", "l2"])
+def test_an_untrained_energy_is_the_gaussian_of_its_mean_and_std(head):
+    p, gaussian = energy(head, readout=0.0), lehr.Gaussian(MEAN, STD)
+    t = np.append(T, 1.0).astype(np.float32)
+    for got, want in zip(readings(p, X, t), readings(gaussian, X, t), strict=True):
+        np.testing.assert_allclose(got, want, rtol=32 * EPS, atol=32 * EPS)
+    for s in (0.0, 0.5, 1.0):
+        np.testing.assert_allclose(p.moments(s).mean, gaussian.moments(s).mean, rtol=1e-6)
+        np.testing.assert_allclose(p.moments(s).std, gaussian.moments(s).std, rtol=1e-6)
+        np.testing.assert_allclose(p.width(s), gaussian.width(s), rtol=1e-6)
+
+
+def test_width_is_that_of_the_finest_feature():
+    p = lehr.EnergyNetwork(mlp("scalar"), std=STD, feature_scale=0.03)
+    np.testing.assert_allclose(p.width(0.0), 0.03, rtol=1e-6)
+    np.testing.assert_allclose(p.width(1.0), 1.0, rtol=1e-6)
+
+
+def test_calibrated_is_what_was_said():
+    assert not energy("scalar").is_calibrated
+    assert lehr.EnergyNetwork(mlp("scalar"), calibrated=True).is_calibrated
+
+
+# Scores.
+
+
+class PerfectHead(nnx.Module):
+    """What a head of type ``prediction`` would say had it learned N(MEAN, STD²) exactly."""
+
+    def __init__(self, prediction, schedule, time_input):
+        self.mean = nnx.Param(jnp.asarray(MEAN, float))
+        self.prediction, self.schedule, self.time_input = prediction, schedule, time_input
+
+    def __call__(self, x, told):
+        t = told if self.time_input == "time" else self.schedule.time(-2 * told)
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        offset = (x - alpha * self.mean) / (alpha**2 * STD**2 + sigma**2)
+        return predict(self.prediction, self.mean + alpha * STD**2 * offset, sigma * offset, t, self.schedule)
+
+
+FLOW, COSINE = lehr.RectifiedFlow(), lehr.VPCosine()
+
+
+@pytest.mark.parametrize("time_input", ["time", "log_ratio"])
+@pytest.mark.parametrize(
+    ("prediction", "schedule"),
+    [("noise", COSINE), ("data", COSINE), ("score", COSINE), ("v", COSINE), ("velocity", FLOW)],
+)
+def test_a_perfect_head_of_any_type_is_the_gaussian(prediction, schedule, time_input):
+    p = lehr.ScoreNetwork(
+        PerfectHead(prediction, schedule, time_input), schedule, (2,), prediction=prediction, time_input=time_input
+    )
+    alpha, sigma = noising(schedule, T)
+    offset = (X - alpha * MEAN) / (alpha**2 * STD**2 + sigma**2)
+    score, data, noise = scores(p, X, T)
+    # Rounding of x and of the time told, of order EPS, is divided by α in x̂₀, σ in ε̂ and σ² in s.
+    size = 128 * EPS * (1 + np.abs(X))
+    assert np.all(np.abs(score + offset) <= size / sigma**2)
+    assert np.all(np.abs(noise - sigma * offset) <= size / sigma)
+    assert np.all(np.abs(data - (MEAN + alpha * STD**2 * offset)) <= size / alpha)
+    assert all(np.all(np.isfinite(a)) for a in scores(p, X, np.array([0.0, 1.0], np.float32)))
+
+
+def test_score_network_has_the_stated_moments_and_width():
+    p = lehr.ScoreNetwork(PerfectHead("noise", COSINE, "time"), COSINE, (2,), mean=MEAN, std=[0.2, 0.6])
+    gaussian = lehr.Gaussian(MEAN, [0.2, 0.6])
+    for t in (0.0, 0.4, 1.0):
+        np.testing.assert_allclose(p.moments(t).mean, gaussian.moments(t).mean, rtol=1e-6)
+        np.testing.assert_allclose(p.moments(t).std, gaussian.moments(t).std, rtol=1e-6)
+        np.testing.assert_allclose(p.width(t), gaussian.width(t), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda n: lehr.EnergyNetwork(n, head="mean"), "unknown energy head 'mean'; expected one of scalar, inner"),
+        (lambda n: lehr.EnergyNetwork(n, std=0.0), "std must be positive"),
+        (lambda n: lehr.EnergyNetwork(n, feature_scale=-1.0), "feature_scale must be positive"),
+        (lambda n: lehr.EnergyNetwork(n, sigma_range=(1.0, 0.1)), "0 < low < high"),
+        (lambda n: lehr.ScoreNetwork(n, COSINE, (2,), prediction="eps"), "unknown prediction 'eps'.*noise, data"),
+        (lambda n: lehr.ScoreNetwork(n, COSINE, (2,), time_input="sigma"), "unknown time_input 'sigma'"),
+        (lambda n: lehr.ScoreNetwork(n, COSINE, (2,), std=[1.0, 0.0]), "std must be positive"),
+        (lambda n: lehr.ScoreNetwork(n, COSINE, (2,), feature_scale=0.0), "feature_scale must be positive"),
+    ],
+)
+def test_impossible_networks_are_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build(mlp("scalar"))
