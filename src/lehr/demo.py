@@ -10,7 +10,7 @@ the sampler says is printed beside these.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +95,7 @@ def demo(folder: str | Path = "out", *, num_particles: int = 2000, seed: int = 0
     """
     folder, console = Path(folder), Console()
     prior = load("ring") * load("bar")
-    how = {"ladder": 28, "num_warmup": 1, "num_steps": 1, "num_particles": num_particles}
+    how: Any = {"ladder": 28, "num_warmup": 1, "num_steps": 1, "num_particles": num_particles}
 
     console.rule("ring × bar: two pretrained energies, multiplied")
     product = AnnealedSMC(lambda: numpyro.sample("x", Diffusion(prior)), HMC(3), **how).run(jax.random.key(seed))
@@ -138,7 +138,7 @@ def _report(console: Console, run: Run, exact: Truth) -> None:
 
 def _draw(product: Run, posterior: Run) -> plt.Figure:
     figure, axes = plt.subplots(1, 4, figsize=(15, 4), layout="constrained")
-    exact = target("ring").exact * target("bar").exact
+    exact: Any = target("ring").exact * target("bar").exact
     for ax, name in zip(axes[:1], ("ring",), strict=True):
         plot_samples(np.empty((0, 2)), target(name).exact, ax=ax, title="the ring, and the bar over it")
         ax.add_patch(plt.Rectangle((-0.2, -1), 0.4, 2, fill=False, color=INK))

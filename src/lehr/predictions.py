@@ -3,7 +3,7 @@ r"""What a network predicts, and what is read from it.
 Five heads are in use; with x = α x̂₀ + σ ε̂ they are one and the same information:
 
     noise      ε̂                          data   x̂₀
-    score      s = −ε̂/σ                   v      v̂ = α ε̂ − σ x̂₀          (variance preserving)
+    score      s = −ε̂/σ                   v      v̂ = α ε̂ − σ x̂₀
     velocity   û = α̇ x̂₀ + σ̇ ε̂             (flows; the derivative of x_t along its path)
 
 Each of the three readings ``score``, ``denoise`` and ``noise`` is computed from the head in
@@ -60,8 +60,9 @@ def read(prediction: Prediction, output: jax.Array, x: jax.Array, t: jax.Array, 
         case "score":
             return Readings(output, (x + sigma**2 * output) * by_alpha, -sigma * output)
         case "v":
-            noise = sigma * x + alpha * output
-            return Readings(-noise * by_sigma, alpha * x - sigma * output, noise)
+            power = alpha**2 + sigma**2  # 1 where variance is preserved
+            noise = (sigma * x + alpha * output) / power
+            return Readings(-noise * by_sigma, (alpha * x - sigma * output) / power, noise)
         case "velocity":
             alpha_dot, sigma_dot, determinant = _rates(t, schedule)
             noise = (alpha * output - alpha_dot * x) / determinant

@@ -33,9 +33,9 @@ from functools import cached_property
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+from numpy.typing import ArrayLike
 
-__all__ = ["DiscreteSchedule", "RectifiedFlow", "Schedule", "VE", "VPCosine", "VPLinear"]
+__all__ = ["VE", "DiscreteSchedule", "RectifiedFlow", "Schedule", "VPCosine", "VPLinear"]
 
 
 class Schedule(abc.ABC):
@@ -78,9 +78,7 @@ class VPLinear(Schedule):
 
     def __post_init__(self) -> None:
         if not 0 < self.beta_min < self.beta_max:
-            raise ValueError(
-                f"VPLinear needs 0 < beta_min < beta_max; got {self.beta_min=}, {self.beta_max=}."
-            )
+            raise ValueError(f"VPLinear needs 0 < beta_min < beta_max; got {self.beta_min=}, {self.beta_max=}.")
 
     def _minus_log_alpha(self, t: ArrayLike) -> jax.Array:
         t = jnp.asarray(t, float)
@@ -169,9 +167,7 @@ class VE(Schedule):
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma_min < self.sigma_max:
-            raise ValueError(
-                f"VE needs 0 < sigma_min < sigma_max; got {self.sigma_min=}, {self.sigma_max=}."
-            )
+            raise ValueError(f"VE needs 0 < sigma_min < sigma_max; got {self.sigma_min=}, {self.sigma_max=}.")
 
     @property
     def _span(self) -> float:
@@ -229,10 +225,8 @@ class DiscreteSchedule(Schedule):
     def __init__(self, alphas_cumprod: ArrayLike) -> None:
         table = np.asarray(alphas_cumprod, np.float64)
         if table.ndim != 1 or table.size < 2:
-            raise ValueError(
-                f"DiscreteSchedule needs a vector of at least two ᾱ; got shape {table.shape}."
-            )
-        if not (np.all(np.diff(table) < 0) and 0 <= table[-1] and table[0] <= 1):
+            raise ValueError(f"DiscreteSchedule needs a vector of at least two ᾱ; got shape {table.shape}.")
+        if not (np.all(np.diff(table) < 0) and table[-1] >= 0 and table[0] <= 1):
             raise ValueError(
                 "DiscreteSchedule needs ᾱ strictly decreasing within [0, 1], from data to noise; "
                 f"got values from {table[0]:.4g} to {table[-1]:.4g}. Pass alphas_cumprod, not betas."
@@ -258,6 +252,4 @@ class DiscreteSchedule(Schedule):
 
     def time(self, log_snr: ArrayLike) -> jax.Array:
         times, table = self._table
-        return jnp.interp(
-            -jnp.asarray(log_snr, float), jnp.asarray(-table, float), jnp.asarray(times, float)
-        )
+        return jnp.interp(-jnp.asarray(log_snr, float), jnp.asarray(-table, float), jnp.asarray(times, float))

@@ -52,7 +52,9 @@ def test_particles_need_company_and_a_threshold_between_zero_and_one(arguments):
         lehr.AnnealedSMC(NORMAL, **arguments)
 
 
-@pytest.mark.parametrize("make", [lambda: lehr.HMC(step_size=0.0), lambda: lehr.MALA(step_size=-1.0), lambda: lehr.HMC(0)])
+@pytest.mark.parametrize(
+    "make", [lambda: lehr.HMC(step_size=0.0), lambda: lehr.MALA(step_size=-1.0), lambda: lehr.HMC(0)]
+)
 def test_kernels_refuse_steps_that_do_not_move(make):
     with pytest.raises(ValueError, match=r"step_size|num_integration_steps"):
         make()

@@ -46,7 +46,9 @@ def test_ladders_that_lead_nowhere_are_refused(times, message):
         lehr.Ladder(times)
 
 
-@pytest.mark.parametrize("arguments", [{"num_levels": 0}, {"num_levels": 2.5}, {"t_min": 0.5, "t_max": 0.5}, {"t_min": 0.0}])
+@pytest.mark.parametrize(
+    "arguments", [{"num_levels": 0}, {"num_levels": 2.5}, {"t_min": 0.5, "t_max": 0.5}, {"t_min": 0.0}]
+)
 def test_bad_ends_and_counts_are_refused(arguments):
     with pytest.raises(ValueError, match=r"num_levels|t_min"):
         lehr.Ladder.log_snr(lehr.VPCosine(), **arguments)

@@ -32,9 +32,7 @@ def judge(x: np.ndarray) -> Figures:
     distance = np.linalg.norm(x[:, None] - MODES, axis=-1)
     near = distance.min(1) < 5 * STD
     offsets = (x - MODES[distance.argmin(1)])[near]
-    return Figures(
-        float(log_likelihood.mean()), float(near.mean()), float(offsets.std()), float((x[:, 1] > 0).mean())
-    )
+    return Figures(float(log_likelihood.mean()), float(near.mean()), float(offsets.std()), float((x[:, 1] > 0).mean()))
 
 
 def _logsumexp(a: np.ndarray) -> np.ndarray:

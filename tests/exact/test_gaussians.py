@@ -3,6 +3,8 @@
 With n independent chains of one draw each, a sample variance has standard error v √(2/n).
 """
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -49,7 +51,7 @@ def test_summed_scores_in_a_reverse_sampler_end_elsewhere():
     """The reason for all this: the same score, followed backwards in time, gives 1/3 and not 1/2."""
     product, t = normal(1.0, 1.0) * normal(1.0, 1.0), np.linspace(1, 0, 1001)
     variance = 1.0
-    for high, low in zip(t[:-1], t[1:], strict=True):  # the reverse SDE, linear here: its variance in closed form
+    for high, low in itertools.pairwise(t):  # the reverse SDE, linear here: its variance in closed form
         beta = 0.1 + 19.9 * (high + low) / 2
         slope = -float(product.score(jnp.array([1.0, 0.0]), (high + low) / 2)[0])
         variance += (high - low) * beta * (variance * (1 - 2 * slope) + 1)

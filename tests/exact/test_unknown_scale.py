@@ -40,10 +40,8 @@ def truth():
 
 
 def test_z_scores_over_fifty_keys_are_standard_normal(truth):
-    n = 400
-    mcmc = lehr.AnnealedMCMC(
-        model, ladder=12, num_steps=3, num_chains=n, num_samples=1, thinning=24, progress=False
-    )
+    n = 200
+    mcmc = lehr.AnnealedMCMC(model, ladder=32, num_steps=4, num_chains=n, num_samples=1, thinning=24, progress=False)
     z = []
     for seed in range(50):
         mcmc.run(seed, y=jnp.asarray(Y, float))

@@ -209,6 +209,15 @@ def test_a_level_bound_by_hand_is_kept():
     np.testing.assert_allclose(got, exact(X, 0.2) + exact(X, 0.8), **ROUNDING)
 
 
+def test_sites_of_different_schedules_meet_by_log_snr_on_the_first_ones_level():
+    def program():
+        numpyro.sample("x", lehr.Diffusion(P))
+        numpyro.sample("z", lehr.Diffusion(lehr.Gaussian(-LOC, SCALE, lehr.VPLinear())))
+
+    got = joint(lehr.noise_level(program, 0.4), {"x": X, "z": X})
+    np.testing.assert_allclose(got, exact(X, 0.4) + exact(X, 0.4, -LOC), **ROUNDING)
+
+
 def test_noise_level_is_a_context_manager_too():
     with handlers.trace() as trace, handlers.substitute(data={"x": X}), lehr.noise_level(t=0.6):
         model()

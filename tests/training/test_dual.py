@@ -61,7 +61,10 @@ def test_an_energy_that_rises_too_fast_breaks_it():
 def test_the_relative_masses_of_modes_that_no_score_connects_are_learnt():
     target = lehr.GaussianMixture([[-1.0], [1.0]], 0.05, [0.2, 0.8])
     untrained = lehr.EnergyNetwork(
-        ResidualMLP(1, width=48, num_blocks=2, num_frequencies=16, rngs=nnx.Rngs(0)), event_shape=(1,), mean=0.6, std=0.8
+        ResidualMLP(1, width=48, num_blocks=2, num_frequencies=16, rngs=nnx.Rngs(0)),
+        event_shape=(1,),
+        mean=0.6,
+        std=0.8,
     )
     recipe = lehr.Recipe(num_steps=3000, batch_size=512, learning_rate=4e-3)
     energy = lehr.fit(untrained, lambda k, n: target.sample(k, 0.0, (n,)), jax.random.key(0), recipe)

@@ -1,0 +1,1 @@
+"""Ladders, the level loop, and its two drivers."""

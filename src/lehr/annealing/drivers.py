@@ -12,6 +12,7 @@ Both are faces of one level loop (:mod:`lehr.annealing.loop`), with the manners 
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from collections.abc import Callable
@@ -81,8 +82,7 @@ class _Driver:
             ValueError: for bad data or a model that cannot be annealed, see :class:`~lehr.Path`.
             TypeError: if a factor is a score and the kernel or the weights need an energy.
         """
-        if isinstance(rng_key, int):
-            rng_key = jax.random.key(rng_key)
+        rng_key = _as_key(rng_key)
         path = self.path if self.path.is_bound and not (args or kwargs) else self.path(*args, **kwargs)
         self._refuse(path)
         ladder = self._ladder(path)
@@ -91,13 +91,17 @@ class _Driver:
         plan = self._plan(path)
         dimension = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(path.init, rng_key)))
         started = time.monotonic()
-        with progress_bar(type(self).__name__, len(ladder)) if self.progress else _silence():
+        with progress_bar(type(self).__name__, len(ladder)) if self.progress else contextlib.nullcontext():
             result: Anneal = jax.block_until_ready(
                 _compiled(
-                    structure=structure, plan=plan, constants=constants, times=ladder.times, rng_key=rng_key,
+                    structure=structure,
+                    plan=plan,
+                    constants=constants,
+                    times=ladder.times,
+                    rng_key=rng_key,
                     threshold=jnp.asarray(self._threshold(), float),
                     step_size=jnp.asarray(self.kernel.initial_step_size(dimension), float),
-                )  # fmt: skip
+                )
             )
         self._run = record(type(self).__name__, path, plan, ladder, result, time.monotonic() - started)
         stranded = int(np.sum(~np.isfinite(np.asarray(result.logdensity))))
@@ -283,7 +287,11 @@ class AnnealedSMC(_Driver):
         return self.threshold
 
 
-def _silence() -> Any:
-    import contextlib
-
-    return contextlib.nullcontext()
+def _as_key(rng_key: Any) -> jax.Array:
+    """A typed key, from one, from a raw ``PRNGKey``, or from an integer seed."""
+    if isinstance(rng_key, int | np.integer):
+        return jax.random.key(rng_key)
+    if not isinstance(rng_key, jax.Array):
+        raise TypeError(f"rng_key must be a JAX key, as from jax.random.key(0), or an integer; got {rng_key!r}.")
+    is_typed = jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key)
+    return rng_key if is_typed else jax.random.wrap_key_data(rng_key)

@@ -13,13 +13,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+from numpy.typing import ArrayLike
 
 from lehr.schedules import Schedule
 
 __all__ = ["Ladder"]
 
 NOISIEST = -8.0  # log-SNR: what a ladder starts from where the schedule itself ends at −inf
+PURE_NOISE = -20.0  # a schedule that ends below this ends in pure noise
 FINEST_SHARE = 0.1  # of the finest feature's std: the default blur at the end of a ladder
 
 
@@ -38,7 +39,9 @@ class Ladder:
         if table.ndim != 1 or table.size == 0:
             raise ValueError(f"a ladder is a vector of at least one time; got shape {table.shape}.")
         if not np.all(np.isfinite(table)) or table.min() < 0 or table.max() > 1:
-            raise ValueError(f"the times of a ladder lie in [0, 1]; got values from {table.min():g} to {table.max():g}.")
+            raise ValueError(
+                f"the times of a ladder lie in [0, 1]; got values from {table.min():g} to {table.max():g}."
+            )
         if np.any(np.diff(table) >= 0):
             raise ValueError(
                 "a ladder leads from noise to data: its times must be strictly decreasing. Got "
@@ -58,7 +61,7 @@ class Ladder:
             schedule: whose log-SNR it is.
             num_levels: K ≥ 1; a ladder of one level stands at ``t_min``.
             t_min: the last level. Defaults to where σ/α = .002.
-            t_max: the first level. Where the schedule ends in pure noise, at λ = −inf, the ladder
+            t_max: the first level. Where the schedule ends in pure noise, below λ = −20, the ladder
                 starts at λ = −8, where σ/α = 55.
 
         Raises:
@@ -74,7 +77,7 @@ class Ladder:
             raise ValueError(f"the log-SNR is infinite at {t_min=}; end the ladder a little above t = 0.")
         if num_levels == 1:
             return cls([t_min])
-        levels = np.linspace(max(noisy, NOISIEST) if np.isneginf(noisy) else noisy, clean, num_levels)
+        levels = np.linspace(noisy if noisy > PURE_NOISE else NOISIEST, clean, num_levels)
         times = np.asarray(schedule.time(levels), np.float64)
         times[-1] = t_min
         return cls(times)

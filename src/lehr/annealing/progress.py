@@ -1,7 +1,7 @@
 r"""A progress bar over levels, fed from inside the compiled program.
 
 The program calls back once a level; whether anybody listens is decided outside, by the
-:func:`progress_bar` context. The callback carries no identity of the bar, so that showing a
+:func:`progress_bar` context. The callback carries no identity of the bar, so that another
 bar compiles nothing new; it never raises, since an exception there would end the run.
 """
 

@@ -144,7 +144,11 @@ def record(method: str, path: Path, plan: Plan, ladder: Ladder, result: Anneal, 
         by_chain = jax.tree.map(lambda leaf: leaf.reshape(_blocks(leaf.shape[0]), -1, *leaf.shape[2:]), by_chain)
     stats = {} if path.score_sites else {"lp": by_chain.logdensity}
     if not plan.weighted:
-        stats |= {"acceptance_rate": by_chain.stats.acceptance_rate, "diverging": by_chain.stats.is_divergent}
+        stats["diverging"] = by_chain.stats.is_divergent > 0
+    if path.score_sites:  # without log densities nobody knows what a test would have said
+        levels["acceptance_rate"] = np.full(len(ladder), np.nan)
+    elif not plan.weighted:
+        stats["acceptance_rate"] = by_chain.stats.acceptance_rate
     transitions = plan.num_warmup + plan.num_steps
     per_chain = len(ladder) * (1 + transitions * plan.kernel.evaluations_per_step)
     per_chain += plan.num_starts if plan.num_starts > 1 else 0

@@ -9,10 +9,11 @@ the tensors' names, shapes and types against the network that the card describes
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +27,26 @@ from lehr.networks import NETWORKS
 from lehr.potentials.network import EnergyNetwork
 from lehr.schedules import Schedule
 
-__all__ = ["CheckpointError", "read_card", "read_checkpoint", "write_checkpoint"]
+__all__ = ["CheckpointError", "Files", "checkpoint_files", "read_card", "read_checkpoint", "write_checkpoint"]
 
 FORMAT = "lehr-1"
 REQUIRED = (
     "format", "kind", "network", "schedule", "event_shape", "head", "mean", "std", "feature_scale",
     "sigma_range", "calibrated", "sha256",
 )  # fmt: skip
+
+
+class Files(NamedTuple):
+    """The two files of a checkpoint."""
+
+    weights: Path
+    card: Path
+
+
+def checkpoint_files(path: str | Path) -> Files:
+    """The files meant by ``path``: either of them, or both without a suffix; ``model.v2`` is a name."""
+    stem = str(path).removesuffix(".safetensors").removesuffix(".json")
+    return Files(Path(stem + ".safetensors"), Path(stem + ".json"))
 
 
 class CheckpointError(ValueError):
@@ -48,7 +62,7 @@ def write_checkpoint(potential: EnergyNetwork, path: str | Path, network: dict[s
         network: how to rebuild the module: ``{"type": "ResidualMLP", ...keyword arguments}``.
         about: further entries of the card: title, data, licence, figures.
     """
-    weights = Path(path).with_suffix(".safetensors")
+    weights, file = checkpoint_files(path)
     weights.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: np.asarray(v) for k, v in _tensors(potential.state).items()}, weights)
     card = {
@@ -67,7 +81,7 @@ def write_checkpoint(potential: EnergyNetwork, path: str | Path, network: dict[s
         "calibrated": potential.calibrated,
         "sha256": _hash(weights),
     }
-    weights.with_suffix(".json").write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n")
+    file.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n")
     return weights
 
 
@@ -78,7 +92,7 @@ def read_card(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: if there is none.
         CheckpointError: if it is not a card of this format.
     """
-    file = Path(path).with_suffix(".json")
+    file = checkpoint_files(path).card
     if not file.is_file():
         raise FileNotFoundError(
             f"no card at {file}: a checkpoint is two files, name.safetensors and name.json. "
@@ -109,7 +123,7 @@ def read_checkpoint(path: str | Path) -> EnergyNetwork:
             not fit the network that the card describes.
     """
     card = read_card(path)
-    weights = Path(path).with_suffix(".safetensors")
+    weights = checkpoint_files(path).weights
     if not weights.is_file():
         raise FileNotFoundError(f"the card is there but the weights are not: expected {weights}.")
     found = _hash(weights)
@@ -165,18 +179,18 @@ def _hash(file: Path) -> str:
 
 
 def _build_network(card: dict[str, Any]) -> nnx.Module:
-    arguments = dict(card)
+    arguments: dict[str, Any] = {**card, "rngs": nnx.Rngs(0)}
     kind = arguments.pop("type", None)
     if kind not in NETWORKS:
         raise CheckpointError(f"unknown network type {kind!r}; this version knows {', '.join(NETWORKS)}.")
     try:
-        return NETWORKS[kind](**arguments, rngs=nnx.Rngs(0))
+        return NETWORKS[kind](**arguments)
     except TypeError as error:
         raise CheckpointError(f"the card's network does not build a {kind}: {error}.") from error
 
 
 def _describe_schedule(schedule: Schedule) -> dict[str, Any]:
-    return {"type": type(schedule).__name__, **vars(schedule)}
+    return {"type": type(schedule).__name__, **dataclasses.asdict(schedule)}  # type: ignore[call-overload]
 
 
 def _build_schedule(card: dict[str, Any]) -> Schedule:

@@ -26,7 +26,7 @@ def plot_density(
     resolution: int = 240,
     ax: Axes | None = None,
 ) -> Axes:
-    """The density of a potential in the plane, normalised to its maximum on the grid.
+    """The density of a potential in the plane, relative to its maximum on the grid; the shade is its square root.
 
     Args:
         potential: an energy over events of shape (2,).
@@ -73,7 +73,8 @@ def plot_samples(
     ax = plt.gca() if ax is None else ax
     if potential is not None:
         plot_density(potential, t, extent, ax=ax)
-    ax.scatter(*np.asarray(draws).T, s=4, color=ACCENT, alpha=0.35, linewidths=0)
+    x, y = np.asarray(draws).T
+    ax.scatter(x, y, s=4, color=ACCENT, alpha=0.35, linewidths=0)
     ax.set(xlim=extent[:2], ylim=extent[2:], aspect="equal", title=title)
     return ax
 
@@ -101,4 +102,4 @@ def plot_ladder(run: Run, axes: Sequence[Axes] | None = None) -> Figure:
             axes[2].axvline(sigma[level], color=INK, lw=0.6, alpha=0.4)
     axes[0].invert_xaxis()
     axes[-1].set_xlabel("noise σ/α, from noise to data" + (" (lines: resampled)" if "ess_weights" in figures else ""))
-    return axes[0].figure
+    return axes[0].get_figure(root=True)  # type: ignore[return-value]

@@ -51,7 +51,7 @@ def summarise(draws: np.ndarray) -> SiteSummary:
     draws = np.asarray(draws, np.float64)
     site = draws.shape[2:]
     flat = draws.reshape(*draws.shape[:2], -1)
-    still = np.all(flat == flat[:, :1], axis=1)
+    still = np.all(flat == flat[:, :1], axis=1) & (draws.shape[1] > 1)  # one draw says nothing of moving
     stuck = np.all(still, axis=0)
     ess, r_hat = np.full(stuck.shape, np.nan), np.full(stuck.shape, np.nan)
     with warnings.catch_warnings():
@@ -82,8 +82,9 @@ def _sites(run: Run) -> Table:
         s = summarise(values[:, :, *_shown(values)])
         for index in np.ndindex(s.mean.shape):
             label = name + (f"[{', '.join(map(str, index))}]" if index else "")
-            ess = "stuck" if s.stuck[index] else f"{s.ess[index]:.0f}"
-            table.add_row(label, f"{s.mean[index]:.4g}", f"{s.sd[index]:.3g}", ess, f"{s.r_hat[index]:.3f}")
+            ess = "stuck" if s.stuck[index] else _number(s.ess[index], ".0f")
+            row = (label, f"{s.mean[index]:.4g}", f"{s.sd[index]:.3g}", ess, _number(s.r_hat[index], ".3f"))
+            table.add_row(*row)
         hidden = int(np.prod(values.shape[2:])) - s.mean.size
         if hidden > 0:
             table.add_row(f"[dim]… {hidden} more of {name}", "", "", "", "")
@@ -107,11 +108,15 @@ def _levels(run: Run) -> Table:
         table.add_column(name, justify="right")
     last = len(run.levels["t"]) - 1
     for k in sorted({round(i) for i in np.linspace(0, last, min(MAX_ROWS, last + 1))}):
-        row = [str(k)] + [f"{run.levels[name][k]:.3g}" for name in ("sigma", "acceptance_rate", "step_size")]
+        row = [str(k)] + [_number(run.levels[name][k], ".3g") for name in ("sigma", "acceptance_rate", "step_size")]
         if weighted:
             row += [f"{run.levels['ess_weights'][k]:.0f}", f"{run.levels['log_evidence'][k]:.3f}"]
         table.add_row(*row, str(int(run.levels["diverging"][k])))
     return table
+
+
+def _number(value: Any, form: str) -> str:
+    return "–" if np.isnan(value) else format(value, form)
 
 
 def _remarks(run: Run) -> list[str]:
@@ -135,8 +140,10 @@ def _remarks(run: Run) -> list[str]:
     diverging, nonfinite = int(run.levels["diverging"].sum()), int(run.levels["nonfinite"].sum())
     if diverging:
         worst = int(np.argmax(run.levels["diverging"]))
+        made = run.attrs["num_levels"] * run.attrs["num_steps"] * run.attrs["num_chains"]
         lines.append(
-            f"[yellow]{diverging} divergent transitions, most at level {worst} (σ/α = {run.levels['sigma'][worst]:.3g})."
+            f"[yellow]{diverging} divergent transitions ({diverging / made:.1%}), most at level {worst} "
+            f"(σ/α = {run.levels['sigma'][worst]:.3g})."
         )
     if nonfinite:
         worst = int(np.argmax(run.levels["nonfinite"]))

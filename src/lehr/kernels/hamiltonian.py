@@ -109,7 +109,8 @@ class HMC(_Hamiltonian):
 @dataclass(frozen=True)
 class UHMC(_Hamiltonian):
     """HMC without the Metropolis test: biased, but in need of a score only. Arguments as for :class:`HMC`;
-    the acceptance that is tuned and reported is the one a test would have had."""
+    the acceptance that is tuned and reported is the one a test would have had. For a score there is
+    none, and the step size is used as it is."""
 
     num_integration_steps: int = 3
     target_acceptance: float = field(default=0.95, kw_only=True)

@@ -46,18 +46,12 @@ class ResidualMLP(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.num_outputs = num_outputs
-        self.x_frequencies = Frequencies(
-            bandwidth * jax.random.normal(rngs.params(), (num_frequencies, num_inputs))
-        )
+        self.x_frequencies = Frequencies(bandwidth * jax.random.normal(rngs.params(), (num_frequencies, num_inputs)))
         self.c_frequencies = Frequencies(0.2 * jax.random.normal(rngs.params(), (num_frequencies,)))
         self.embed_x = nnx.Linear(num_inputs + 2 * num_frequencies, width, rngs=rngs)
         self.embed_c = nnx.Linear(2 * num_frequencies, width, rngs=rngs)
-        self.blocks = nnx.List(
-            [_Block(width, rngs=rngs) for _ in range(num_blocks)]
-        )
-        self.readout = nnx.Linear(
-            width, max(num_outputs, 1), kernel_init=nnx.initializers.zeros_init(), rngs=rngs
-        )
+        self.blocks = nnx.List([_Block(width, rngs=rngs) for _ in range(num_blocks)])
+        self.readout = nnx.Linear(width, max(num_outputs, 1), kernel_init=nnx.initializers.zeros_init(), rngs=rngs)
 
     def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
         """The network at one x of shape (d,) and one scalar c; shape (num_outputs,) or ()."""

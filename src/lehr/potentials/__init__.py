@@ -1,0 +1,1 @@
+"""Time-indexed densities and what is made of them."""

@@ -26,9 +26,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import log_ndtr
-from jax.typing import ArrayLike
+from numpy.typing import ArrayLike
 
-from lehr.potentials.base import EnergyPotential, Moments, check_positive, check_time, concrete, replace
+from lehr.potentials.base import EnergyPotential, Moments, check_positive, check_time, replace
 from lehr.schedules import Schedule, VPCosine
 
 __all__ = ["ExactPotential", "Gaussian", "GaussianMixture", "Uniform"]

@@ -24,11 +24,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+from numpy.typing import ArrayLike
 
 from lehr.schedules import Schedule
 
 __all__ = [
+    "SCORE_IS_NO_ENERGY",
     "EnergyPotential",
     "Moments",
     "Potential",
@@ -39,6 +40,13 @@ __all__ = [
     "concrete",
     "replace",
 ]
+
+SCORE_IS_NO_ENERGY = (
+    "A Metropolis test, a mixture or a weight needs the log density itself, and handing a kernel the score as the "
+    "gradient of a constant would sample another density. Use an unadjusted kernel, lehr.UHMC or lehr.ULA with "
+    "lehr.AnnealedMCMC; or give an energy, lehr.EnergyNetwork. (A third way, line-integral kernels, which test a "
+    "proposal by integrating the score along it, is not in this version.)"
+)
 
 _M = TypeVar("_M", bound=eqx.Module)
 
@@ -69,22 +77,16 @@ class Potential(eqx.Module):
         return self._score(*self._checked(x, t))
 
     def denoise(self, x: ArrayLike, t: ArrayLike) -> jax.Array:
-        """x̂₀ = (x + σ_t² s)/α_t = E[x₀ | x_t = x], of the shape of ``x``."""
+        """x̂₀ = (x + σ_t² s)/α_t, of the shape of ``x``; E[x₀ | x_t = x] for a single model."""
         return self._denoise(*self._checked(x, t))
 
     def noise(self, x: ArrayLike, t: ArrayLike) -> jax.Array:
-        """ε̂ = −σ_t s = E[ε | x_t = x], of the shape of ``x``."""
+        """ε̂ = −σ_t s, of the shape of ``x``; E[ε | x_t = x] for a single model."""
         return self._noise(*self._checked(x, t))
 
     def at(self, t: ArrayLike) -> Callable[[jax.Array], jax.Array]:
         """x ↦ log p_t(x), the ``logdensity_fn`` of a BlackJAX kernel."""
-        raise TypeError(
-            f"{type(self).__name__} is known through its score only, and a Metropolis test needs the "
-            "log density itself. Handing the score to a stock kernel as the gradient of a constant "
-            'would sample another density. Use lehr\'s line-integral kernels, lehr.HMC(metropolis="line-'
-            'integral") or lehr.MALA(metropolis="line-integral"), or an unadjusted one, lehr.UHMC or '
-            "lehr.ULA; or give an energy, lehr.EnergyNetwork."
-        )
+        raise TypeError(f"{type(self).__name__} is known through its score only. {SCORE_IS_NO_ENERGY}")
 
     @property
     def total_weight(self) -> jax.Array:
@@ -99,7 +101,7 @@ class Potential(eqx.Module):
     def moments(self, t: ArrayLike) -> Moments:
         """Mean and standard deviation of p_t, exact where known, else a Gaussian stand-in.
 
-        Chains start from the one at t = 1, whose density is corrected for by the weights.
+        Chains start from the one at the first level, whose density is corrected for by the weights.
         """
 
     @abc.abstractmethod

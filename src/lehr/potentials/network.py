@@ -33,11 +33,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import ArrayLike
+from numpy.typing import ArrayLike
 
 from lehr.potentials.base import EnergyPotential, Moments, ScorePotential, check_positive, replace
 from lehr.predictions import PREDICTIONS, Prediction, Readings, read
-from lehr.schedules import VPCosine, Schedule
+from lehr.schedules import Schedule, VPCosine
 
 __all__ = ["EnergyNetwork", "ScoreNetwork"]
 
@@ -103,6 +103,8 @@ class EnergyNetwork(EnergyPotential):
         self.graphdef, self.state = nnx.split(network)
         self.mean = jnp.broadcast_to(jnp.asarray(mean, float), event_shape)
         self.std = check_positive("std", std)
+        if self.std.shape != ():
+            raise ValueError(f"std is pooled over coordinates, a scalar; got shape {self.std.shape}.")
         self.feature_scale = check_positive("feature_scale", std if feature_scale is None else feature_scale)
         self.schedule = VPCosine() if schedule is None else schedule
         self.event_shape = tuple(event_shape)

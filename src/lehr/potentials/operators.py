@@ -25,12 +25,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+from numpy.typing import ArrayLike
 
 from lehr.potentials.analytic import Gaussian, Uniform
 from lehr.potentials.base import (
@@ -103,9 +104,10 @@ def Power(potential: Potential, exponent: ArrayLike) -> EnergyProduct | ScorePro
     Raises:
         ValueError: if the exponent is not a finite scalar.
     """
-    if jnp.shape(exponent) != ():
-        raise ValueError(f"Power needs a scalar exponent; got shape {jnp.shape(exponent)}.")
-    return Product([potential], jnp.asarray(exponent, float)[None])
+    w = jnp.asarray(exponent, float)
+    if w.shape != ():
+        raise ValueError(f"Power needs a scalar exponent; got shape {w.shape}.")
+    return Product([potential], w[None])
 
 
 def Mixture(  # noqa: N802
@@ -117,8 +119,8 @@ def Mixture(  # noqa: N802
         potentials: p_i, energies of one event shape.
         probs: w_i > 0, shape (n,), normalised here; equal by default.
         log_normalizers: log Z_i, shape (n,), of members that are not normalised; zero by default,
-            as is right for exact and for calibrated potentials. A warning says so for a network
-            that was not calibrated.
+            as is right for exact and for calibrated potentials. For others, and for products, a
+            warning says that they are missing.
 
     Raises:
         TypeError: if a member is a score: a mixture needs relative masses, which scores do not know.
@@ -142,10 +144,11 @@ def Mixture(  # noqa: N802
     known = concrete(probs)
     if known is not None and np.any(known <= 0):
         raise ValueError(f"Mixture probs must be positive; got {known}.")
-    if log_normalizers is None and not all(p.is_calibrated for p in potentials):
+    if log_normalizers is None and any(isinstance(p, EnergyProduct) or not p.is_calibrated for p in potentials):
         warnings.warn(
-            "Mixture of networks that were not calibrated: their normalisers are arbitrary, and so are the "
-            "masses of the mixture. Pass log_normalizers, or train with dual score matching.",
+            "Mixture of products, or of networks that were not calibrated: their normalisers are unknown, and so are "
+            "the masses of the mixture. Pass log_normalizers (lehr.AnnealedSMC estimates a product's), or train with "
+            "dual score matching.",
             stacklevel=2,
         )
     schedule = potentials[0].schedule
@@ -178,7 +181,7 @@ def Contrast(p: Potential, q: Potential, weight: ArrayLike = 1.0, floor: ArrayLi
     w = jnp.asarray(weight, float)
     known = concrete(w)
     if w.shape != () or (known is not None and not (np.isfinite(known) and known >= 0)):
-        raise ValueError(f"Contrast weight must be a finite scalar >= 0; got {weight}.")
+        raise ValueError(f"Contrast weight must be a finite scalar >= 0; got {weight!r}.")
     if floor is not None:
         q = Floored(q, floor)
     elif known is not None and known > 0:
@@ -249,7 +252,7 @@ class EnergyProduct(_Product, EnergyPotential):
 class EnergyMixture(EnergyPotential):
     """A mixture of energies; ``log_weights`` are log w_i − log Z_i."""
 
-    members: tuple[EnergyPotential, ...]
+    members: tuple[Any, ...]  # EnergyPotential, each
     log_weights: jax.Array
     schedule: Schedule = eqx.field(static=True)
     event_shape: tuple[int, ...] = eqx.field(static=True)
@@ -316,17 +319,17 @@ class Floored(EnergyPotential):
         self.potential = potential
         self.log_floor = jnp.log(check_positive("floor", floor))
 
-    @property
+    @property  # type: ignore[misc]
     def schedule(self) -> Schedule:  # type: ignore[override]
         return self.potential.schedule
 
-    @property
+    @property  # type: ignore[misc]
     def event_shape(self) -> tuple[int, ...]:  # type: ignore[override]
         return self.potential.event_shape
 
     @property
     def total_weight(self) -> jax.Array:
-        return jnp.zeros(())
+        return self.potential.total_weight  # far up, where weights matter, q stands well above the floor
 
     def moments(self, t: ArrayLike) -> Moments:
         return self.potential.moments(t)
@@ -365,10 +368,10 @@ def _refuse_improper(p: Potential, q: Potential, w: float) -> None:
             "Give floor=, a density to put under the box."
         )
     if isinstance(p, Gaussian) and isinstance(q, Gaussian):
-        covariances = [concrete(g.covariance) for g in (p, q)]
-        if any(c is None for c in covariances):
+        kept, avoided = concrete(p.covariance), concrete(q.covariance)
+        if kept is None or avoided is None:
             return
-        precision = (1 + w) * np.linalg.inv(covariances[0]) - w * np.linalg.inv(covariances[1])
+        precision = (1 + w) * np.linalg.inv(kept) - w * np.linalg.inv(avoided)
         if np.min(np.linalg.eigvalsh(precision)) <= 0:
             raise ValueError(
                 f"Contrast p^{1 + w:g}/q^{w:g} of these Gaussians is not integrable: it needs (1 + w)/var_p > "

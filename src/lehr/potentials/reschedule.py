@@ -12,11 +12,12 @@ that r is finite where an α or a σ vanishes.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+from numpy.typing import ArrayLike
 
 from lehr.potentials.base import EnergyPotential, Moments, Potential, ScorePotential
 from lehr.schedules import Schedule
@@ -42,7 +43,7 @@ def with_schedule(potential: Potential, schedule: Schedule) -> Potential:
         return potential
     if hasattr(potential, "reschedule"):
         return potential.reschedule(schedule)
-    kind = EnergyRescheduled if isinstance(potential, EnergyPotential) else ScoreRescheduled
+    kind: Any = EnergyRescheduled if isinstance(potential, EnergyPotential) else ScoreRescheduled
     return kind(potential=potential, schedule=schedule)
 
 
@@ -50,7 +51,7 @@ class _Rescheduled(Potential):
     potential: Potential
     schedule: Schedule = eqx.field(static=True)
 
-    @property
+    @property  # type: ignore[misc]
     def event_shape(self) -> tuple[int, ...]:  # type: ignore[override]
         return self.potential.event_shape
 

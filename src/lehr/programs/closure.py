@@ -64,7 +64,7 @@ def close(path: Path) -> tuple[Structure, Constants]:
     """A bound path as structure and data."""
     key, t = jax.random.key(0), jax.numpy.ones(())
     position = jax.eval_shape(path.init, key, t)
-    signatures = {
+    signatures: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         "log_density": (path.surrogate, (position, t)),
         "init": (path.init, (key, t)),
         "log_start": (path.log_start, (position, t)),

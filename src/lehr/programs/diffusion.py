@@ -12,17 +12,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
-from jax.typing import ArrayLike
+from numpy.typing import ArrayLike
 from numpyro.distributions import constraints
 from numpyro.primitives import Messenger
 
 from lehr.potentials.analytic import ExactPotential
 from lehr.potentials.base import EnergyPotential, Potential, check_time
+from lehr.potentials.reschedule import with_schedule
+from lehr.schedules import Schedule
 
 __all__ = ["Diffusion", "diffusions", "map_diffusions", "noise_level"]
 
@@ -47,9 +49,9 @@ class Diffusion(dist.Distribution):
         (2,)
     """
 
-    arg_constraints: dict[str, Any] = {}
+    arg_constraints: ClassVar[dict[str, Any]] = {}
     pytree_data_fields = ("potential", "t")
-    reparametrized_params: list[str] = []
+    reparametrized_params: ClassVar[list[str]] = []
 
     def __init__(self, potential: Potential, t: ArrayLike | None = None, *, validate_args: bool | None = None) -> None:
         if not isinstance(potential, Potential):
@@ -81,7 +83,7 @@ class Diffusion(dist.Distribution):
             potential.at(t)  # says why, and what to do
         return self.over_events(lambda x: potential.log_density(x, t), value)  # type: ignore[attr-defined]
 
-    def sample(self, key: jax.Array | None, sample_shape: tuple[int, ...] = ()) -> jax.Array:
+    def sample(self, key: jax.Array, sample_shape: tuple[int, ...] = ()) -> jax.Array:
         """Exact draws at the bound level, where the potential is exact.
 
         Raises:
@@ -141,22 +143,39 @@ class noise_level(Messenger):  # noqa: N801
 
     With it a model is plain NumPyro at a fixed level:
     ``MCMC(NUTS(lehr.noise_level(model, 0.02)), ...)``. The innermost handler wins, and a site
-    bound with ``.at(t)`` keeps its own level.
+    bound with ``.at(t)`` keeps its own level. Sites of different schedules are all seen through
+    one, matched by log-SNR: t is never asked of two schedules at once.
 
     Args:
         fn: the model; leave it out to use the handler as a context manager.
         t: the level, a scalar in [0, 1]; may be traced.
+        schedule: what t refers to; the schedule of the first ``Diffusion`` site by default.
 
     Raises:
         ValueError: if t is missing or lies outside [0, 1].
     """
 
-    def __init__(self, fn: Callable[..., Any] | None = None, t: ArrayLike | None = None) -> None:
+    def __init__(
+        self, fn: Callable[..., Any] | None = None, t: ArrayLike | None = None, schedule: Schedule | None = None
+    ) -> None:
         if t is None:
             raise ValueError("noise_level needs a level: lehr.noise_level(model, t) with t in [0, 1].")
-        self.t = check_time(t)
+        self.t, self.schedule = check_time(t), schedule
         super().__init__(fn)
+
+    def __enter__(self) -> Any:
+        self._seen_through = self.schedule
+        return super().__enter__()
 
     def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "sample":
-            msg["fn"] = map_diffusions(lambda d: d if d.t is not None else d.at(self.t), msg["fn"])
+            msg["fn"] = map_diffusions(self._bind, msg["fn"])
+
+    def _bind(self, site: Diffusion) -> Diffusion:
+        if site.t is not None:
+            return site
+        if self._seen_through is None:
+            self._seen_through = site.potential.schedule
+        bound = site.at(self.t)
+        bound.potential = with_schedule(site.potential, self._seen_through)
+        return bound

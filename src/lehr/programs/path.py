@@ -26,16 +26,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+from numpy.typing import ArrayLike
 from numpyro import handlers
 from numpyro.distributions import MaskedDistribution, biject_to
 from numpyro.distributions.util import is_identically_one
 from numpyro.infer.util import constrain_fn
-from numpyro.primitives import Messenger
 
-from lehr.potentials.base import EnergyPotential, Potential, check_time, concrete
-from lehr.potentials.reschedule import with_schedule
-from lehr.programs.diffusion import Diffusion, diffusions, map_diffusions
+from lehr.potentials.base import SCORE_IS_NO_ENERGY, EnergyPotential, Potential, check_time
+from lehr.programs.diffusion import Diffusion, diffusions, noise_level
 from lehr.programs.guidance import Guidance, Tweedie
 from lehr.programs.reading import Quadratic, quadratic, unadjusted
 from lehr.schedules import Schedule
@@ -124,11 +122,15 @@ class Path:
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         for strategy, names in self._strategies.items():
             read = {
-                name: jnp.where(t <= self.end, x[name], strategy.estimate(x[name], score[name], copies[name], alpha, sigma))
+                name: jnp.where(
+                    t <= self.end, x[name], strategy.estimate(x[name], score[name], copies[name], alpha, sigma)
+                )
                 for name in x
             }
             sites = self._run(position, read, t)
-            value += _total(site for site in sites if site["name"] in names) + self._log_jacobian(sites, position, names)
+            value += _total(site for site in sites if site["name"] in names) + self._log_jacobian(
+                sites, position, names
+            )
         return value
 
     def init(self, rng_key: jax.Array, t: ArrayLike = 1.0) -> Position:
@@ -165,9 +167,11 @@ class Path:
         """The scale of steps at level t, coordinate by coordinate; infinite for ordinary latents,
         of which the path knows none."""
         _, precisions = self._quadratic("width", position, check_time(t))
-        return {k: precisions[k] ** -0.5 if k in precisions else jnp.full(v.shape, jnp.inf) for k, v in position.items()}
+        return {
+            k: precisions[k] ** -0.5 if k in precisions else jnp.full(v.shape, jnp.inf) for k, v in position.items()
+        }
 
-    def constrain(self, position: Position, batch_ndims: int = 0) -> dict[str, jax.Array]:
+    def constrain(self, position: Any, batch_ndims: int = 0) -> dict[str, jax.Array]:
         """The sites' own values at a position, with the deterministic ones.
 
         Args:
@@ -183,10 +187,7 @@ class Path:
         if self.score_sites:
             raise TypeError(
                 f"{who} needs log densities, and the Diffusion site{'s' * (len(self.score_sites) > 1)} "
-                f"{', '.join(map(repr, self.score_sites))} is known through a score only. A score is not an energy: "
-                'use a line-integral kernel, lehr.HMC(metropolis="line-integral") or lehr.MALA(metropolis='
-                '"line-integral"), or an unadjusted one, lehr.UHMC or lehr.ULA, with lehr.AnnealedMCMC; or give '
-                "an EnergyNetwork."
+                f"{', '.join(map(repr, self.score_sites))} is known through a score only. {SCORE_IS_NO_ENERGY}"
             )
 
     # Binding
@@ -218,9 +219,7 @@ class Path:
         self.schedule: Schedule = potentials[0].schedule
         self.is_calibrated = all(p.is_calibrated for p in potentials)
         self.score_sites = tuple(
-            s["name"]
-            for s in sites
-            if any(not isinstance(d.potential, EnergyPotential) for d in diffusions(s["fn"]))
+            s["name"] for s in sites if any(not isinstance(d.potential, EnergyPotential) for d in diffusions(s["fn"]))
         )
         self._strategies = self._assign(self.guidance)
 
@@ -281,7 +280,7 @@ class Path:
 
         model = self.model if rng_key is None else handlers.seed(self.model, rng_key)
         schedule = getattr(self, "schedule", None)
-        with handlers.trace() as trace, handlers.substitute(substitute_fn=value), _Level(t, schedule):
+        with handlers.trace() as trace, handlers.substitute(substitute_fn=value), noise_level(t=t, schedule=schedule):
             model(*args, **kwargs)
         return [site for site in trace.values() if site["type"] == "sample"]
 
@@ -326,27 +325,6 @@ class _Prior:
         return numpyro.sample("x", Diffusion(self.potential))
 
 
-class _Level(Messenger):
-    """Binds level t to the free diffusions, all seen through the path's one schedule."""
-
-    def __init__(self, t: ArrayLike, schedule: Schedule | None) -> None:
-        self.t, self.schedule = t, schedule
-        super().__init__(None)
-
-    def process_message(self, msg: Site) -> None:
-        if msg["type"] == "sample":
-            msg["fn"] = map_diffusions(self._bind, msg["fn"])
-
-    def _bind(self, site: Diffusion) -> Diffusion:
-        if site.t is not None:
-            return site
-        if self.schedule is None or site.potential.schedule == self.schedule:
-            return site.at(self.t)
-        seen = copy.copy(site)
-        seen.potential = with_schedule(site.potential, self.schedule)
-        return seen.at(self.t)
-
-
 def _total(sites: Any) -> jax.Array:
     """Σ log p over sites, with the scales that NumPyro's handlers and plates gave them."""
     total = jnp.zeros(())
@@ -375,7 +353,7 @@ def _per_site(guidance: Guidances | None) -> dict[str | None, Guidance]:
     if isinstance(guidance, Guidance):
         return {None: guidance}
     if isinstance(guidance, Mapping) and all(isinstance(g, Guidance) for g in guidance.values()):
-        return {None: Tweedie(), **guidance}
+        return {None: Tweedie()} | {name: strategy for name, strategy in guidance.items()}
     raise TypeError(
         "guidance must be a strategy such as lehr.guidance.Tweedie(), or a mapping from site names to "
         f"strategies; got {guidance!r}."
@@ -393,9 +371,9 @@ def _as_data(leaf: Any) -> Any:
 
 def _refuse_nan(what: str, value: Any) -> None:
     value = np.asarray(value) if isinstance(value, float) else value
-    if not hasattr(value, "dtype") or isinstance(value, jax.core.Tracer) or np.asarray(value).dtype.kind != "f":
+    if isinstance(value, jax.core.Tracer) or not jnp.issubdtype(getattr(value, "dtype", int), jnp.floating):
         return
-    bad = int(np.sum(~np.isfinite(concrete(value))))
+    bad = int(np.sum(~np.isfinite(np.asarray(value))))
     if bad:
         raise ValueError(
             f"{what} holds {bad} value{'s' * (bad > 1)} that {'are' if bad > 1 else 'is'} NaN or infinite. Fill them "

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+from numpy.typing import ArrayLike
 
 from lehr.potentials.base import EnergyPotential, Potential
 from lehr.programs.diffusion import Diffusion, map_diffusions

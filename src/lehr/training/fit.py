@@ -56,7 +56,7 @@ def fit(
     potential: EnergyNetwork,
     sampler: Sampler,
     rng_key: jax.Array,
-    recipe: Recipe = Recipe(),
+    recipe: Recipe | None = None,
     *,
     chunk: int = 250,
     on_chunk: Callable[[int, Losses], None] | None = None,
@@ -67,17 +67,18 @@ def fit(
         potential: the untrained (or pretrained) energy. Its mean and std should be the data's.
         sampler: ``sampler(key, n)`` draws n events x₀, shape (n, *event_shape).
         rng_key: a JAX key.
-        recipe: length and strength of the training.
+        recipe: length and strength of the training; ``Recipe()`` by default.
         chunk: steps between two reports.
         on_chunk: called with (steps done, mean losses) after each chunk.
 
     Returns:
-        The potential with averaged weights and ``calibrated=True``.
+        The potential with averaged weights, calibrated if the time loss had any weight.
 
     Raises:
         ValueError: if the sampler's events do not have the potential's shape.
         FloatingPointError: if the loss stops being finite.
     """
+    recipe = Recipe() if recipe is None else recipe
     events = jax.eval_shape(lambda key: sampler(key, recipe.batch_size), rng_key)
     if events.shape != (recipe.batch_size, *potential.event_shape):
         raise ValueError(
@@ -99,7 +100,9 @@ def fit(
 
         def loss(params: nnx.State) -> tuple[jax.Array, jax.Array]:
             losses = dual_score_matching(with_params(params), key_noise, data)
-            return losses.score + recipe.time_weight * losses.time + recipe.bound_weight * losses.bound, jnp.stack(losses)
+            return losses.score + recipe.time_weight * losses.time + recipe.bound_weight * losses.bound, jnp.stack(
+                losses
+            )
 
         gradient, losses = jax.grad(loss, has_aux=True)(progress.params)
         updates, state = optimiser.update(gradient, progress.optimiser, progress.params)
@@ -114,9 +117,7 @@ def fit(
         progress, losses = run_chunk(progress, jnp.arange(start, stop))
         means = np.mean(np.asarray(losses), 0)
         if not np.all(np.isfinite(means)):
-            raise FloatingPointError(
-                f"the loss is no longer finite after {stop} steps; lower recipe.learning_rate."
-            )
+            raise FloatingPointError(f"the loss is no longer finite after {stop} steps; lower recipe.learning_rate.")
         if on_chunk is not None:
-            on_chunk(stop, Losses(*(float(x) for x in means)))
-    return replace(with_params(progress.average), calibrated=True)
+            on_chunk(stop, Losses(*means))
+    return replace(with_params(progress.average), calibrated=recipe.time_weight > 0)

@@ -6,7 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from lehr.checkpoints.native import read_card, read_checkpoint
+from lehr.checkpoints.native import checkpoint_files, read_card, read_checkpoint
 from lehr.potentials.network import EnergyNetwork
 
 __all__ = ["load", "zoo"]
@@ -31,10 +31,9 @@ def load(name: str | Path) -> EnergyNetwork:
         lehr.CheckpointError: if the weights are damaged or do not fit their card.
     """
     shipped = _FOLDER / str(name)
-    if Path(name).name == str(name) and shipped.with_suffix(".json").is_file():
+    if Path(name).name == str(name) and checkpoint_files(shipped).card.is_file():
         return read_checkpoint(shipped)
-    path = Path(name)
-    if not path.with_suffix(".json").is_file() and not path.with_suffix(".safetensors").is_file():
+    if not any(file.is_file() for file in checkpoint_files(name)):
         known = ", ".join(sorted(file.stem for file in _FOLDER.glob("*.json")))
         raise FileNotFoundError(f"no shipped model and no checkpoint named {str(name)!r}. Shipped: {known}.")
-    return read_checkpoint(path)
+    return read_checkpoint(name)

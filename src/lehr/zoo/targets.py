@@ -3,6 +3,7 @@ model's error is known."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -34,10 +35,12 @@ def _box(title: str, low: tuple[float, float], high: tuple[float, float]) -> Tar
 
 def _corners(height: float, which: str) -> Target:
     locs = jnp.array([[-1.5, height], [1.5, height]])
-    return Target(f"Two Gaussians of std 0.4 at the {which} corners (±1.5, {height:g})", GaussianMixture(locs, 0.4), 0.4)
+    return Target(
+        f"Two Gaussians of std 0.4 at the {which} corners (±1.5, {height:g})", GaussianMixture(locs, 0.4), 0.4
+    )
 
 
-_TARGETS = {
+_TARGETS: dict[str, Callable[[], Target]] = {
     "ring": _ring,
     "bar": partial(_box, "Uniform on |x| < 0.2, |y| < 1", (-0.2, -1.0), (0.2, 1.0)),
     "left_bar": partial(_box, "Uniform on |x + 0.2| < 0.1, |y| < 1", (-0.3, -1.0), (-0.1, 1.0)),

@@ -30,7 +30,7 @@ NETWORK: dict[str, Any] = {"num_inputs": 2, "width": 128, "num_blocks": 3, "num_
 def train(
     name: str,
     folder: str | Path,
-    recipe: Recipe = Recipe(),
+    recipe: Recipe | None = None,
     *,
     seed: int = 0,
     on_chunk: Callable[[int, Losses], None] | None = None,
@@ -40,7 +40,8 @@ def train(
     Args:
         name: the model's name, as in :data:`lehr.zoo.targets.TARGETS`.
         folder: where the two files go.
-        recipe: length and strength of the training; the default is the one that was shipped.
+        recipe: length and strength of the training; ``Recipe()`` by default. The cards of the shipped
+            models say which they had.
         seed: of the network's first weights and of the data.
         on_chunk: progress, see :func:`lehr.training.fit.fit`.
 
@@ -50,7 +51,7 @@ def train(
     Raises:
         ValueError: for an unknown name.
     """
-    goal = target(name)
+    goal, recipe = target(name), Recipe() if recipe is None else recipe
     key_data, key_train, key_test = jax.random.split(jax.random.key(seed), 3)
     draws = goal.exact.sample(key_data, 0.0, (50_000,))
     untrained = EnergyNetwork(
@@ -76,7 +77,9 @@ def train(
     )
 
 
-def density_error(model: EnergyNetwork, exact: ExactPotential, rng_key: jax.Array, n: int = 2000) -> list[dict[str, float]]:
+def density_error(
+    model: EnergyNetwork, exact: ExactPotential, rng_key: jax.Array, n: int = 2000
+) -> list[dict[str, float]]:
     """Mean and spread of log p_model − log p_exact at several noise levels, over n exact draws each.
 
     A mean of zero says that the energy is normalised; a spread of zero that it has the right shape.
