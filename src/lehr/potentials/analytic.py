@@ -14,8 +14,9 @@ what a sampler is judged against.
     log p = −log σ + G(c, h),      G(c, h) = log [ (Φ(c + h) − Φ(c − h)) / 2h ] ,
 
 and the difference of two nearly equal numbers is never taken: by symmetry c ≤ 0; where
-h (1 + |c|) is small G is expanded in h; and in the tail log Φ is split into −z²/2 and the
-slowly varying log of the scaled Mills ratio, whose quadratic parts subtract to 2ch exactly.
+h (1 + |c|) is small the mean of φ over the box is a Gauss-Legendre sum; and in the tail log Φ is
+split into −z²/2 and the slowly varying log of the scaled Mills ratio, whose quadratic parts
+subtract to 2ch exactly.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import math
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.special import log_ndtr
 from numpy.typing import ArrayLike
 
@@ -34,6 +36,7 @@ from lehr.schedules import Schedule, VPCosine
 __all__ = ["ExactPotential", "Gaussian", "GaussianMixture", "Uniform"]
 
 LOG_ROOT_2PI = math.log(2 * math.pi) / 2
+NODES, NODE_WEIGHTS = np.polynomial.legendre.leggauss(12)
 
 
 class ExactPotential(EnergyPotential):
@@ -302,11 +305,10 @@ def log_box(centre: jax.Array, half: jax.Array) -> jax.Array:
     """G(c, h) = log [(Φ(c + h) − Φ(c − h))/2h], elementwise, for h ≥ 0."""
     centre = -jnp.abs(centre)
     thin = _is_thin(centre, half)
-    narrow = jnp.where(thin, half, 0.0)
-    at_origin = jnp.where(thin, centre, 0.0)
-    series = -(at_origin**2) / 2 - LOG_ROOT_2PI + jnp.log(_series(at_origin, narrow))
+    near, narrow = jnp.where(thin, centre, 0.0), jnp.where(thin, half, 0.0)
+    averaged = -(near**2) / 2 - LOG_ROOT_2PI + jax.nn.logsumexp(_tilted(near, narrow), 0)
     wide = jnp.where(thin, 1.0, half)
-    return jnp.where(thin, series, _log_difference(centre, wide) - jnp.log(2 * wide))
+    return jnp.where(thin, averaged, _log_difference(centre, wide) - jnp.log(2 * wide))
 
 
 def log_box_slope(centre: jax.Array, half: jax.Array) -> jax.Array:
@@ -317,19 +319,21 @@ def log_box_slope(centre: jax.Array, half: jax.Array) -> jax.Array:
 def mean_in_box(centre: jax.Array, half: jax.Array) -> jax.Array:
     """(∂G/∂c + c)/h, elementwise: where in the box, from −1 to 1, the data behind x is expected."""
     thin = _is_thin(centre, half)
-    narrow, near = jnp.where(thin, half, 0.0), jnp.where(thin, centre, 0.0)
-    expanded = near * narrow / 3 * (1 - narrow**2 * (near**2 + 2) / 15)
+    near, narrow = jnp.where(thin, centre, 0.0), jnp.where(thin, half, 0.0)
+    averaged = jnp.tensordot(jnp.asarray(NODES, float), jax.nn.softmax(_tilted(near, narrow), 0), 1)
     wide = jnp.where(thin, 1.0, half)
-    return jnp.where(thin, expanded, (log_box_slope(centre, wide) + centre) / wide)
+    return jnp.where(thin, averaged, (log_box_slope(centre, wide) + centre) / wide)
 
 
 def _is_thin(centre: jax.Array, half: jax.Array) -> jax.Array:
-    return half * (1 + jnp.abs(centre)) < 0.1
+    return half * (1 + jnp.abs(centre)) < 3.0
 
 
-def _series(c: jax.Array, h: jax.Array) -> jax.Array:
-    """(Φ(c + h) − Φ(c − h))/(2h φ(c)) to fourth order in h."""
-    return 1 + h**2 / 6 * (c**2 - 1) + h**4 / 120 * (c**4 - 6 * c**2 + 3)
+def _tilted(c: jax.Array, h: jax.Array) -> jax.Array:
+    """log of w_k φ(c − h u_k)/2φ(c) at the nodes u_k of Gauss and Legendre, along a new first axis."""
+    column = (-1,) + (1,) * jnp.ndim(c)
+    u, w = (jnp.asarray(v, float).reshape(column) for v in (NODES, NODE_WEIGHTS))
+    return jnp.log(w / 2) + h * u * (c - h * u / 2)
 
 
 def _log_difference(c: jax.Array, h: jax.Array) -> jax.Array:
