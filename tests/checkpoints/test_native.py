@@ -1,6 +1,9 @@
 """Weights that come back as they went, and everything that must not be loaded."""
 
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -105,3 +108,14 @@ def test_a_card_that_lacks_entries_says_which(saved):
     card.write_text("{")
     with pytest.raises(lehr.CheckpointError, match="JSON"):
         lehr.load(path)
+
+
+def test_a_shipped_model_loads_and_runs_in_double_precision_too():
+    program = """
+import jax.numpy as jnp, lehr
+run = lehr.AnnealedSMC(lehr.load("bar"), ladder=2, num_particles=4, progress=False).run(0)
+print(run.samples["x"].dtype, bool(jnp.isfinite(run.log_evidence)))
+"""
+    environment = os.environ | {"JAX_ENABLE_X64": "1"}
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    assert said.stdout.split() == ["float64", "True"]

@@ -61,8 +61,7 @@ def test_the_estimated_error_of_the_evidence_is_of_the_right_size(ring, bar):
 def test_chains_alone_strand_some_of_themselves_in_wrong_modes(ring, bar):
     mcmc = lehr.AnnealedMCMC(ring * bar, lehr.HMC(3), num_chains=2000, num_samples=1, **COST)
     rows, _ = figures(mcmc, [0])
-    assert 0.6 < rows[0, 1] < 0.97  # what weights are for
-    assert abs(rows[0, 2] - 0.030) <= 0.002
+    assert 0.6 < rows[0, 1] < 0.9  # .76 over five seeds: what weights are for
 
 
 @pytest.fixture(scope="module")

@@ -78,7 +78,7 @@ class Ladder:
         if num_levels == 1:
             return cls([t_min])
         levels = np.linspace(noisy if noisy > PURE_NOISE else NOISIEST, clean, num_levels)
-        times = np.asarray(schedule.time(levels), np.float64)
+        times = np.array(schedule.time(levels), np.float64)
         times[-1] = t_min
         return cls(times)
 

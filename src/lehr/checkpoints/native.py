@@ -171,7 +171,8 @@ def _name(where: tuple[Any, ...]) -> str:
 
 
 def _shape(tensor: Any) -> str:
-    return "none" if tensor is None else f"{tensor.dtype}{list(tensor.shape)}"
+    """Kind and shape; the precision is the file's, whatever JAX's default is now."""
+    return "none" if tensor is None else f"{np.dtype(tensor.dtype).kind}{list(tensor.shape)}"
 
 
 def _hash(file: Path) -> str:
