@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from evaluate import readings
 from scipy.special import log_ndtr, logsumexp
 from scipy.stats import multivariate_normal
 
@@ -12,16 +13,6 @@ import lehr
 
 EPS = np.finfo(np.float32).eps
 TIMES = np.array([0.0, 1e-3, 0.05, 0.3, 0.7, 0.97, 1.0], np.float32)
-
-
-@eqx.filter_jit
-def readings(p, x, t):
-    """log density, score, denoise and noise at all (t, x)."""
-
-    def one(x, t):
-        return p.log_density(x, t), p.score(x, t), p.denoise(x, t), p.noise(x, t)
-
-    return jax.vmap(lambda t: jax.vmap(lambda x: one(x, t))(x))(t)
 
 
 @eqx.filter_jit

@@ -1,10 +1,10 @@
 """Network potentials against their formulas, and against Gaussians that a network can be exactly."""
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from evaluate import noising, readings, scores
 from flax import nnx
 
 import lehr
@@ -28,29 +28,6 @@ def mlp(head, readout=0.3):
 
 def energy(head, readout=0.3, schedule=None):
     return lehr.EnergyNetwork(mlp(head, readout), schedule, head=head, mean=MEAN, std=STD)
-
-
-@eqx.filter_jit
-def readings(p, x, t):
-    """log density, score, denoise and noise at all (t, x)."""
-
-    def one(x, t):
-        return p.log_density(x, t), p.score(x, t), p.denoise(x, t), p.noise(x, t)
-
-    return jax.vmap(lambda t: jax.vmap(lambda x: one(x, t))(x))(t)
-
-
-@eqx.filter_jit
-def scores(p, x, t):
-    def one(x, t):
-        return p.score(x, t), p.denoise(x, t), p.noise(x, t)
-
-    return jax.vmap(lambda t: jax.vmap(lambda x: one(x, t))(x))(t)
-
-
-def noising(schedule, t):
-    """α and σ in float64, shaped (time, 1, 1)."""
-    return (np.asarray(f(t), float)[:, None, None] for f in (schedule.alpha, schedule.sigma))
 
 
 # Energies.

@@ -1,10 +1,10 @@
 """Compositions of Gaussians against their closed forms in float64, and what is refused."""
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from evaluate import noising, readings, scores
 from flax import nnx
 
 import lehr
@@ -17,29 +17,6 @@ X = 1.2 * np.random.default_rng(0).normal(size=(20, 2)).astype(np.float32)
 P = lehr.Gaussian([0.4, -0.2], 0.5)
 Q = lehr.Gaussian([-0.3, 0.6], [0.8, 0.4])
 R = lehr.Gaussian([0.1, 0.1], 1.5)
-
-
-@eqx.filter_jit
-def readings(p, x, t):
-    """log density, score, denoise and noise at all (t, x)."""
-
-    def one(x, t):
-        return p.log_density(x, t), p.score(x, t), p.denoise(x, t), p.noise(x, t)
-
-    return jax.vmap(lambda t: jax.vmap(lambda x: one(x, t))(x))(t)
-
-
-@eqx.filter_jit
-def scores(p, x, t):
-    def one(x, t):
-        return p.score(x, t), p.denoise(x, t), p.noise(x, t)
-
-    return jax.vmap(lambda t: jax.vmap(lambda x: one(x, t))(x))(t)
-
-
-def noising(schedule, t):
-    """α and σ in float64, shaped (time, 1, 1)."""
-    return (np.asarray(f(t), float)[:, None, None] for f in (schedule.alpha, schedule.sigma))
 
 
 def weighted_gaussians(members, weights, alpha, sigma):

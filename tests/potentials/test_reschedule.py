@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from evaluate import readings
 from flax import nnx
 
 import lehr
@@ -70,14 +71,6 @@ ENERGIES = {
     "mixture": lehr.Mixture([Plain(MIXTURE), MIXTURE], log_normalizers=[0.0, 0.0]),
     "floored": lehr.Contrast(Plain(MIXTURE), lehr.Uniform([-1.0], [1.0]), 0.5, floor=0.1).members[1],
 }
-
-
-@eqx.filter_jit
-def readings(p, x, t):
-    def one(x, t):
-        return p.log_density(x, t), p.score(x, t), p.denoise(x, t), p.noise(x, t)
-
-    return jax.vmap(lambda t: jax.vmap(lambda x: one(x, t))(x))(t)
 
 
 @eqx.filter_jit
