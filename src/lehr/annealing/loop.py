@@ -178,20 +178,18 @@ def anneal(
 
     carry, levels = jax.lax.scan(level, carry, (jnp.arange(times.shape[0]), times))
 
-    chains = carry.chains
     if plan.weighted:
-        chosen = systematic(key_final, jnp.exp(carry.log_weights), n)
-        final = jax.tree.map(lambda leaf: leaf[chosen][None], (chains.position, chains.logdensity))
-        draws = Draws(final[0], final[1], Stats(jnp.ones((1, n)), jnp.zeros((1, n), int)))
+        chains, draws = carry.chains, _equally_weighted(carry, key_final)
     else:
-        inverse_mass = _inverse_mass(structure, constants, carry, prior_variance, times[-1])
-        move = _mover(step, plan, target(times[-1]), inverse_mass)
+        move = _mover(
+            step, plan, target(times[-1]), _inverse_mass(structure, constants, carry, prior_variance, times[-1])
+        )
 
         def draw(chains: Any, i: jax.Array) -> tuple[Any, Draws]:
             chains, _, moved = move(jax.random.fold_in(key_draws, i), chains, carry.log_step, 0, plan.thinning)
             return chains, Draws(chains.position, chains.logdensity, moved)
 
-        chains, draws = jax.lax.scan(draw, chains, jnp.arange(plan.num_draws))
+        chains, draws = jax.lax.scan(draw, carry.chains, jnp.arange(plan.num_draws))
     return Anneal(
         levels, draws, chains.position, chains.logdensity, carry.log_weights, carry.log_evidence,
         carry.ancestors, carry.log_step,
@@ -218,6 +216,16 @@ def _starter(structure: Structure, plan: Plan, constants: Constants, t: jax.Arra
         return jax.tree.map(lambda leaf: leaf[chosen], drawn)
 
     return choose if plan.num_starts > 1 else draw
+
+
+def _equally_weighted(carry: _Carry, rng_key: jax.Array) -> Draws:
+    """The final points, resampled once more: one draw of every chain."""
+    n = carry.log_weights.shape[0]
+    chosen = systematic(rng_key, jnp.exp(carry.log_weights), n)
+    position, logdensity = jax.tree.map(
+        lambda leaf: leaf[chosen][None], (carry.chains.position, carry.chains.logdensity)
+    )
+    return Draws(position, logdensity, Stats(jnp.ones((1, n)), jnp.zeros((1, n), int)))
 
 
 def _weigh(
