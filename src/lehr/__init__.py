@@ -5,12 +5,14 @@ with each other and with likelihoods; BlackJAX kernels sample the result down an
 ladder; ArviZ tells whether to believe it.
 """
 
-from lehr.annealing.drivers import AnnealedMCMC, AnnealedSMC
+from lehr.annealing.drivers import AnnealedMCMC, AnnealedSMC, Reverse
 from lehr.annealing.ladder import Ladder
+from lehr.annealing.predictors import Restart
 from lehr.annealing.run import Run
+from lehr.annealing.tuning import Tuning
 from lehr.checkpoints.native import CheckpointError
 from lehr.diagnostics.tree import from_netcdf
-from lehr.kernels import HMC, MALA, UHMC, ULA, Kernel
+from lehr.kernels import GHMC, HMC, MALA, MCLMC, NUTS, UHMC, ULA, Barker, Kernel
 from lehr.potentials.analytic import ExactPotential, Gaussian, GaussianMixture, Uniform
 from lehr.potentials.base import EnergyPotential, Potential, ScorePotential
 from lehr.potentials.network import EnergyNetwork, ScoreNetwork
@@ -24,13 +26,17 @@ from lehr.training.fit import Recipe, fit
 from lehr.zoo import load, zoo
 
 __all__ = [
+    "GHMC",
     "HMC",
     "MALA",
+    "MCLMC",
+    "NUTS",
     "UHMC",
     "ULA",
     "VE",
     "AnnealedMCMC",
     "AnnealedSMC",
+    "Barker",
     "CheckpointError",
     "Contrast",
     "Diffusion",
@@ -49,10 +55,13 @@ __all__ = [
     "Product",
     "Recipe",
     "RectifiedFlow",
+    "Restart",
+    "Reverse",
     "Run",
     "Schedule",
     "ScoreNetwork",
     "ScorePotential",
+    "Tuning",
     "Uniform",
     "VPCosine",
     "VPLinear",

@@ -65,9 +65,9 @@ def test_weights_refuse_an_unadjusted_kernel():
         lehr.AnnealedSMC(NORMAL, lehr.ULA())
 
 
-def test_weights_and_metropolis_refuse_a_score_and_name_the_way_out():
+def test_energy_weights_and_metropolis_refuse_a_score_and_name_the_way_out():
     with pytest.raises(TypeError, match="line-integral"):
-        lehr.AnnealedSMC(NORMAL * SCORE, **SMALL).run(0)
+        lehr.AnnealedSMC(NORMAL * SCORE, weights="energy", **SMALL).run(0)
     with pytest.raises(TypeError, match="line-integral"):
         lehr.AnnealedMCMC(SCORE, lehr.HMC(), **SMALL).run(0)
 

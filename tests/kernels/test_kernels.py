@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import lehr
-from lehr.kernels import refresh
 
 N = 4000
 TARGET = lehr.GaussianMixture([[-1.0, 0.0], [1.0, 0.5]], 0.7, [0.3, 0.7])
@@ -21,7 +20,7 @@ def run(kernel, logdensity_fn, start, step_size, num_steps, inverse_mass=None):
     inverse_mass = jnp.ones(start.shape[-1]) if inverse_mass is None else inverse_mass
 
     def chain(key, q):
-        state = kernel.init(q, logdensity_fn)
+        state = kernel.init(key, q, logdensity_fn)
         keys = jax.random.split(key, num_steps)
         state, stats = jax.lax.scan(
             lambda s, k: step(k, s, logdensity_fn, jnp.asarray(step_size), inverse_mass), state, keys
@@ -83,8 +82,8 @@ def test_the_step_size_is_in_units_of_the_scale():
 @pytest.mark.seam
 def test_refresh_renews_what_a_state_remembers_of_its_target():
     kernel, q = lehr.HMC(), jnp.array([0.3, -0.2])
-    stale = kernel.init(q, TARGET.at(0.9))
-    fresh = refresh(stale, TARGET.at(0.1))
+    stale = kernel.init(jax.random.key(0), q, TARGET.at(0.9))
+    fresh = kernel.refresh(stale, TARGET.at(0.1))
     assert float(fresh.logdensity) == pytest.approx(float(TARGET.log_density(q, 0.1)), rel=1e-6)
     np.testing.assert_allclose(fresh.logdensity_grad, TARGET.score(q, 0.1), rtol=1e-5)
     assert abs(float(fresh.logdensity - stale.logdensity)) > 0.1
@@ -103,9 +102,9 @@ def test_a_blackjax_kernel_of_ones_own_plugs_in_with_a_few_lines():
     from blackjax.mcmc import barker
 
     class Barker(lehr.Kernel):
-        is_adjusted, target_acceptance, evaluations_per_step = True, 0.5, 1
+        is_adjusted, target_acceptance = True, 0.5
 
-        def init(self, position, logdensity_fn):
+        def init(self, rng_key, position, logdensity_fn):
             return barker.init(position, logdensity_fn)
 
         def build(self):

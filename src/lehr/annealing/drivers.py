@@ -1,6 +1,6 @@
-r"""The two drivers: independent chains, and weighted particles.
+r"""The drivers: independent chains, weighted particles, and the plain reverse diffusion.
 
-Both are faces of one level loop (:mod:`lehr.annealing.loop`), with the manners of
+All are faces of one level loop (:mod:`lehr.annealing.loop`), with the manners of
 ``numpyro.infer.MCMC``: made from a model and a kernel, started by ``run(key, *args)``.
 
 - :class:`AnnealedMCMC` takes independent chains down the ladder and then draws from each at
@@ -8,6 +8,8 @@ Both are faces of one level loop (:mod:`lehr.annealing.loop`), with the manners 
   mend is the share of each mode: a chain that came down into the wrong mode stays.
 - :class:`AnnealedSMC` weighs the same chains by how the density changed at each level, and
   resamples: the shares come out right, and with them the evidence.
+- :class:`Reverse` makes the moves between levels and nothing else: what a sampler of diffusion
+  models usually does, and the baseline of every comparison.
 """
 
 from __future__ import annotations
@@ -24,23 +26,27 @@ import numpy as np
 
 from lehr.annealing.ladder import Ladder, check_count, ladder_for
 from lehr.annealing.loop import Anneal, Plan, anneal
+from lehr.annealing.predictors import Ancestral, Predictor, as_predictor
 from lehr.annealing.progress import progress_bar
 from lehr.annealing.run import Run, record
+from lehr.annealing.tuning import SHORT_SHARE, Tuning, smooth
+from lehr.annealing.weights import WEIGHTS, Weights
 from lehr.kernels import HMC, Kernel
 from lehr.potentials.base import Potential
 from lehr.programs.closure import close
 from lehr.programs.path import Path
+from lehr.programs.reverse import Level
 
-__all__ = ["AnnealedMCMC", "AnnealedSMC"]
+__all__ = ["AnnealedMCMC", "AnnealedSMC", "Reverse"]
 
 NUM_STARTS = 32  # where there are ordinary latents, each chain chooses its start from as many draws
+PILOT_CHAINS = 64
+PILOT_WARMUP = 3  # tuned transitions of a pilot chain at each level
 _compiled = jax.jit(anneal, static_argnames=("structure", "plan"))
 
 
 class _Driver:
-    """What both faces share."""
-
-    weighted: bool
+    """What all faces share."""
 
     def __init__(
         self,
@@ -50,22 +56,35 @@ class _Driver:
         num_steps: int,
         num_warmup: int,
         num_chains: int,
+        pilot: int | None,
+        tuning: Tuning | None,
+        predictor: str | Predictor | None,
         progress: bool,
     ) -> None:
-        kernel = HMC() if kernel is None else kernel
-        if not isinstance(kernel, Kernel):
+        if kernel is not None and not isinstance(kernel, Kernel):
             raise TypeError(
                 f"{type(self).__name__} needs a lehr kernel such as lehr.HMC(); got {kernel!r}. BlackJAX kernels plug "
-                "in through lehr.kernels.Kernel."
+                "in through lehr.Kernel."
             )
         if not isinstance(ladder, Ladder):
             check_count("ladder (a number of levels)", ladder)
-        check_count("num_steps", num_steps)
         check_count("num_warmup", num_warmup, least=0)
+        if pilot is None:
+            pilot = PILOT_CHAINS if num_warmup == 0 and tuning is None else 0
+        check_count("pilot (a number of chains)", pilot, least=0)
+        if sum((pilot > 0, num_warmup > 0, tuning is not None)) > 1:
+            raise ValueError(
+                "steps are tuned by a pilot pass, or by num_warmup transitions at each level, or given as tuning: "
+                f"choose one. Got pilot={pilot}, num_warmup={num_warmup}, tuning={'given' if tuning else None}."
+            )
+        if pilot == 1:
+            raise ValueError("a pilot pass of one chain has no spread to go by; give at least 2, or 0 for no pilot.")
         self.path = model if isinstance(model, Path) else Path(model)
         self.kernel = kernel
         self.ladder = ladder
         self.num_steps, self.num_warmup, self.num_chains = num_steps, num_warmup, num_chains
+        self.pilot, self.tuning = pilot, tuning
+        self.predictor = as_predictor(predictor)
         self.progress = progress
         self._run: Run | None = None
 
@@ -80,30 +99,44 @@ class _Driver:
 
         Raises:
             ValueError: for bad data or a model that cannot be annealed, see :class:`~lehr.Path`.
-            TypeError: if a factor is a score and the kernel or the weights need an energy.
+            TypeError: if a factor is a score and the kernel or the weights need an energy, or the
+                other way round.
         """
         rng_key = _as_key(rng_key)
         path = self.path if self.path.is_bound and not (args or kwargs) else self.path(*args, **kwargs)
-        self._refuse(path)
+        kernel, weights = self._kernel(path), self._weights(path)
+        path = self._checked(path, kernel, weights)
         ladder = self._ladder(path)
         path = path.ending_at(ladder.times[-1])
-        structure, constants = close(path)
-        plan = self._plan(path)
+        plan = self._plan(path, kernel, weights)
+        structure, constants = close(path, *_functions(path, plan))
         dimension = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(path.init, rng_key)))
+        given = Tuning(kernel.initial_step_size(dimension), 1.0, SHORT_SHARE) if self.tuning is None else self.tuning
+        tuning = given.on(len(ladder), dimension)
+        traced = {
+            "constants": constants,
+            "times": ladder.times,
+            "levels": Level.of(path.schedule, ladder.times),
+            "threshold": jnp.asarray(self._threshold(), float),
+        }
         started = time.monotonic()
+        trial: Anneal | None = None
+        if self.pilot and plan.num_warmup == 0 and _can_tune(path, kernel) and plan.num_steps:
+            rehearsal = plan._replace(
+                num_chains=self.pilot, num_warmup=PILOT_WARMUP, num_draws=0, is_tuned=False, progress=False
+            )
+            key_pilot, rng_key = jax.random.split(rng_key)
+            trial = _compiled(structure=structure, plan=rehearsal, tuning=tuning, rng_key=key_pilot, **traced)
+            tuning = tuning._replace(
+                step_size=jnp.exp(smooth(jnp.log(trial.levels.step_size))), scale=trial.levels.inverse_mass**0.5
+            )
+            plan = plan._replace(is_tuned=True)
         with progress_bar(type(self).__name__, len(ladder)) if self.progress else contextlib.nullcontext():
             result: Anneal = jax.block_until_ready(
-                _compiled(
-                    structure=structure,
-                    plan=plan,
-                    constants=constants,
-                    times=ladder.times,
-                    rng_key=rng_key,
-                    threshold=jnp.asarray(self._threshold(), float),
-                    step_size=jnp.asarray(self.kernel.initial_step_size(dimension), float),
-                )
+                _compiled(structure=structure, plan=plan, tuning=tuning, rng_key=rng_key, **traced)
             )
-        self._run = record(type(self).__name__, path, plan, ladder, result, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        self._run = record(type(self).__name__, path, plan, ladder, result, trial, seconds)
         stranded = int(np.sum(~np.isfinite(np.asarray(result.logdensity))))
         if stranded:
             warnings.warn(
@@ -136,9 +169,31 @@ class _Driver:
         """The run for ArviZ; see :meth:`lehr.Run.to_arviz`."""
         return self.last_run.to_arviz()
 
-    def _refuse(self, path: Path) -> None:
-        if self.kernel.is_adjusted:
-            path.refuse_scores(f"{type(self.kernel).__name__}'s Metropolis test")
+    def _kernel(self, path: Path) -> Kernel:
+        """The kernel that was asked for, or the one that suits what is known of the factors."""
+        if self.kernel is not None:
+            return self.kernel
+        return HMC(metropolis="line-integral") if path.score_sites else HMC()
+
+    def _weights(self, path: Path) -> Weights | None:
+        return None
+
+    def _checked(self, path: Path, kernel: Kernel, weights: Weights | None) -> Path:
+        """The path as the kernel sees it.
+
+        Raises:
+            TypeError: if the kernel's test, or the weights, do not suit what is known of the factors.
+        """
+        if getattr(kernel, "integrate_energies", False):
+            return path.as_scores()
+        if kernel.integrates_score and not path.score_sites:
+            raise TypeError(
+                f"{kernel!r} integrates scores because it has no log density, but here every factor is an energy: the "
+                'exact test is cheaper. Use metropolis="exact", or integrate_energies=True to compare the two.'
+            )
+        if kernel.is_adjusted and not kernel.integrates_score and self.num_steps:
+            path.refuse_scores(f"{type(kernel).__name__}'s Metropolis test")
+        return path
 
     def _ladder(self, path: Path) -> Ladder:
         if isinstance(self.ladder, Ladder):
@@ -151,17 +206,20 @@ class _Driver:
 
         return ladder_for(path.schedule, finest, self.ladder)
 
-    def _plan(self, path: Path) -> Plan:
-        tunes = not path.score_sites  # the acceptance that tuning follows needs energies
+    def _plan(self, path: Path, kernel: Kernel, weights: Weights | None) -> Plan:
+        tunes = _can_tune(path, kernel)
         return Plan(
-            kernel=self.kernel,
+            kernel=kernel,
+            predictor=self.predictor,
+            weights=weights,
             num_chains=self.num_chains,
-            num_starts=1 if self.weighted or not path.latent_sites else NUM_STARTS,
+            num_starts=1 if weights or path.score_sites or not path.latent_sites else NUM_STARTS,
             num_warmup=self.num_warmup if tunes else 0,
             num_steps=self.num_steps if tunes else self.num_steps + self.num_warmup,
             num_draws=self._num_draws(),
             thinning=self._thinning(),
-            weighted=self.weighted,
+            is_tuned=self.tuning is not None,
+            counts_noise=True,
             progress=self.progress,
         )
 
@@ -180,26 +238,32 @@ class AnnealedMCMC(_Driver):
 
     Args:
         model: a NumPyro model, a potential, or a path.
-        kernel: how chains move; :class:`~lehr.HMC` by default.
+        kernel: how chains move at a level: by default :class:`~lehr.HMC`, with line integrals where a
+            factor is known through its score only.
         ladder: a :class:`~lehr.Ladder`, or a number of levels: uniform in log-SNR on the model's
             schedule, ending where the blur is a tenth of the finest feature.
         num_steps: transitions at each level, at a fixed step size.
-        num_warmup: transitions at each level before those, which tune the step size. With 0 the
-            kernel's step size is used as it is.
+        num_warmup: transitions at each level before those, which tune the step size, in place of a pilot.
         num_chains: independent chains.
         num_samples: draws kept from each chain at the last level.
         thinning: transitions for each draw that is kept.
+        predictor: how chains move to the next level: ``None`` (they stay where they are),
+            ``"ancestral"``, ``"ddim"``, ``"heun"``, ``"restart"`` or a :class:`~lehr.Restart`. The
+            kernel then corrects at the level just reached.
+        pilot: chains of the pilot pass that finds step sizes and scales for each level, which are then
+            frozen; 0 for none. 64 unless ``num_warmup`` or ``tuning`` is given.
+        tuning: steps that are known beforehand, a :class:`~lehr.Tuning`.
         progress: show a progress bar, where there is a terminal.
 
     Raises:
-        ValueError: for counts that are not positive integers.
+        ValueError: for counts that are not positive integers, an unknown predictor, or more than one
+            way of tuning.
         TypeError: for a kernel or model of the wrong kind.
 
     References:
         Du et al., Reduce, reuse, recycle, ICML 2023.
+        Song et al., Score-based generative modeling through SDEs, ICLR 2021 (predictor and corrector).
     """
-
-    weighted = False
 
     def __init__(
         self,
@@ -207,17 +271,21 @@ class AnnealedMCMC(_Driver):
         kernel: Kernel | None = None,
         ladder: int | Ladder = 40,
         num_steps: int = 4,
-        num_warmup: int = 1,
+        num_warmup: int = 0,
         num_chains: int = 256,
         num_samples: int = 100,
         *,
         thinning: int = 1,
+        predictor: str | Predictor | None = None,
+        pilot: int | None = None,
+        tuning: Tuning | None = None,
         progress: bool = True,
     ) -> None:
+        check_count("num_steps", num_steps)
         check_count("num_chains", num_chains)
         check_count("num_samples", num_samples)
         check_count("thinning", thinning)
-        super().__init__(model, kernel, ladder, num_steps, num_warmup, num_chains, progress)
+        super().__init__(model, kernel, ladder, num_steps, num_warmup, num_chains, pilot, tuning, predictor, progress)
         self.num_samples, self.thinning = num_samples, thinning
 
     def _num_draws(self) -> int:
@@ -231,25 +299,33 @@ class AnnealedSMC(_Driver):
     """Weighted and resampled particles down the ladder: right mode masses, and the evidence.
 
     Args:
-        model: a NumPyro model, a potential, or a path; every diffusion factor an energy.
-        kernel: how particles move, with a Metropolis test; :class:`~lehr.HMC` by default.
+        model: a NumPyro model, a potential, or a path.
+        kernel: how particles move at a level, with a Metropolis test: by default :class:`~lehr.HMC`,
+            with line integrals where a factor is known through its score only.
         ladder: a :class:`~lehr.Ladder`, or a number of levels, as for :class:`AnnealedMCMC`.
         num_steps: transitions at each level, at a fixed step size.
-        num_warmup: transitions at each level before those, which tune the step size.
+        num_warmup: transitions at each level before those, which tune the step size, in place of a pilot.
         num_particles: N.
         threshold: resample where the effective sample size falls below this share of N.
+        weights: ``"energy"``, from log densities; ``"path"``, from the models' own reverse kernels, for
+            which scores are enough; ``"both"`` weighs by energies and reports the gap between the
+            two, which a badly calibrated energy opens. By default ``"path"`` if a factor is a
+            score and ``"energy"`` otherwise.
+        predictor: with energy weights, how particles move to the next level: ``None`` or ``"ancestral"``,
+            whose proposal the weights account for. Path weights have their own proposal.
+        pilot: as for :class:`AnnealedMCMC`, and so ``tuning``.
+        tuning: steps that are known beforehand.
         progress: show a progress bar, where there is a terminal.
 
     Raises:
-        ValueError: for counts that are not positive integers, a threshold outside [0, 1], or an
-            unadjusted kernel, whose weights would be biased.
+        ValueError: for counts that are not positive integers, a threshold outside [0, 1], an
+            unadjusted kernel, whose weights would be biased, or options that exclude each other.
         TypeError: for a kernel or model of the wrong kind.
 
     References:
         Del Moral, Doucet & Jasra, Sequential Monte Carlo samplers, JRSS B 2006.
+        Skreta et al., Feynman-Kac correctors in diffusion, ICML 2025 (weights of scores).
     """
-
-    weighted = True
 
     def __init__(
         self,
@@ -257,34 +333,133 @@ class AnnealedSMC(_Driver):
         kernel: Kernel | None = None,
         ladder: int | Ladder = 40,
         num_steps: int = 2,
-        num_warmup: int = 1,
+        num_warmup: int = 0,
         num_particles: int = 1000,
         *,
         threshold: float = 0.5,
+        weights: Weights | None = None,
+        predictor: str | Predictor | None = None,
+        pilot: int | None = None,
+        tuning: Tuning | None = None,
         progress: bool = True,
     ) -> None:
+        check_count("num_steps", num_steps)
         check_count("num_particles", num_particles, least=2)
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold is a share of the particles, between 0 and 1; got {threshold!r}.")
-        super().__init__(model, kernel, ladder, num_steps, num_warmup, num_particles, progress)
-        if not self.kernel.is_adjusted:
+        if weights is not None and weights not in WEIGHTS:
+            raise ValueError(f'weights must be "energy", "path" or "both", or None to be chosen; got {weights!r}.')
+        super().__init__(
+            model, kernel, ladder, num_steps, num_warmup, num_particles, pilot, tuning, predictor, progress
+        )
+        if kernel is not None and not kernel.is_adjusted:
             raise ValueError(
-                f"AnnealedSMC weighs particles as if they followed each level's density, and "
-                f"{type(self.kernel).__name__} leaves it biased: weights and evidence would be wrong. Use lehr.HMC or "
-                "lehr.MALA, or the unadjusted kernel in lehr.AnnealedMCMC."
+                f"AnnealedSMC weighs particles as if they followed each level's density, and {type(kernel).__name__} "
+                "leaves it biased: weights and evidence would be wrong. Use a kernel with a Metropolis test, such as "
+                "lehr.HMC or lehr.MALA, or the unadjusted kernel in lehr.AnnealedMCMC."
+            )
+        if self.predictor is not None and (weights in ("path", "both") or not isinstance(self.predictor, Ancestral)):
+            raise ValueError(
+                "AnnealedSMC must know the density of each move between levels. With energy weights the predictor may "
+                'be None or "ancestral"; path weights bring their own proposal, and take None.'
             )
         self.threshold = threshold
+        self.weights = weights
 
     @property
     def log_evidence(self) -> float:
         """log ∫ Π p_i^{w_i}(x) p(θ) L(y | x, θ) dx dθ at the last level, every energy at face value."""
         return self.last_run.log_evidence
 
-    def _refuse(self, path: Path) -> None:
-        path.refuse_scores("AnnealedSMC with energy weights")
+    def _weights(self, path: Path) -> Weights:
+        if self.weights is not None:
+            return self.weights
+        return "path" if path.score_sites else "energy"
+
+    def _checked(self, path: Path, kernel: Kernel, weights: Weights | None) -> Path:
+        if weights != "path":
+            path.refuse_scores(f'AnnealedSMC(weights="{weights}")')
+            if kernel.integrates_score:
+                raise ValueError(
+                    f'weights="{weights}" compares the log densities that the kernel keeps, and {kernel!r} keeps none. '
+                    'Use weights="path", or metropolis="exact".'
+                )
+        if weights != "energy":
+            path.refuse_without_denoiser(f'AnnealedSMC(weights="{weights}")')
+        if weights == "path" and self.predictor is not None:
+            raise ValueError("path weights bring their own proposal between levels; leave predictor=None.")
+        return super()._checked(path, kernel, weights)
 
     def _threshold(self) -> float:
         return self.threshold
+
+
+class Reverse(_Driver):
+    """Plain reverse diffusion, along ∇ log π_t as if it were the score of one diffusion model.
+
+    For one model that is how it is usually sampled. For a product the summed scores are not those
+    of a diffusion, and the samples follow another density (N(0, 1)² comes out with variance
+    1/3): it is the baseline that the other drivers are compared with. A likelihood enters
+    through its gradient, as in diffusion posterior sampling.
+
+    Args:
+        model: a NumPyro model without ordinary latents, a potential, or a path.
+        method: ``"ancestral"``, ``"ddim"``, ``"heun"``, ``"restart"``, or a :class:`~lehr.Restart`.
+        num_levels: levels, uniform in log-SNR, or a :class:`~lehr.Ladder`.
+        num_samples: independent samples.
+        progress: show a progress bar, where there is a terminal.
+
+    Raises:
+        ValueError: for counts that are not positive integers, an unknown method, or, when run, a model with
+            ordinary latents, which reverse diffusion does not move.
+
+    References:
+        Ho, Jain & Abbeel, Denoising diffusion probabilistic models, NeurIPS 2020.
+        Chung et al., Diffusion posterior sampling for general noisy inverse problems, ICLR 2023.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any] | Potential | Path,
+        method: str | Predictor = "ancestral",
+        num_levels: int | Ladder = 100,
+        num_samples: int = 1000,
+        *,
+        progress: bool = True,
+    ) -> None:
+        check_count("num_samples", num_samples)
+        if method is None:
+            raise ValueError("Reverse needs a method to move by; without one its samples would stay noise.")
+        super().__init__(model, HMC(), num_levels, 0, 0, num_samples, 0, None, method, progress)
+
+    def _plan(self, path: Path, kernel: Kernel, weights: Weights | None) -> Plan:
+        return super()._plan(path, kernel, weights)._replace(num_starts=1, counts_noise=False)
+
+    def _checked(self, path: Path, kernel: Kernel, weights: Weights | None) -> Path:
+        if path.latent_sites:
+            raise ValueError(
+                f"reverse diffusion moves the diffusion sites only, and the model has the ordinary latent "
+                f"{path.latent_sites[0]!r}, which would keep its draw from the prior. Condition on it "
+                "(numpyro.handlers.condition), or use lehr.AnnealedMCMC or lehr.AnnealedSMC."
+            )
+        return path
+
+
+def _can_tune(path: Path, kernel: Kernel) -> bool:
+    """Whether there is an acceptance to tune by: without log densities only a line integral has one."""
+    return kernel.integrates_score or not path.score_sites
+
+
+def _functions(path: Path, plan: Plan) -> list[str]:
+    """What the loop needs of a path besides the four functions that it always needs."""
+    needed = []
+    if path.score_sites:
+        needed.append("unknown")
+    if plan.weights in ("path", "both"):
+        needed += ["reverse_step", "start_density"] + (["others"] if path.other_sites else [])
+    elif plan.predictor is not None:
+        needed.append("copies")
+    return needed
 
 
 def _as_key(rng_key: Any) -> jax.Array:

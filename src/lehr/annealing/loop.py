@@ -1,22 +1,14 @@
 r"""The level loop: one compiled program that takes N chains down a ladder.
 
-Entering level k with the points x of level k − 1, in this order:
+Entering level k with the points x' of level k − 1, in this order:
 
+    predict    x' → x, where there is a predictor or weights follow the path
     refresh    log π_k(x) and its gradient; nothing is remembered across levels
-    weigh      log w += log π_k(x) − log π_{k−1}(x)                (at k = 0: − log start density)
-    resample   systematically where ESS < threshold · N; weights become equal
-    warm up    num_warmup transitions; after each, log c += γ_n (mean acceptance − target)
-    move       num_steps transitions, c frozen
+    weigh      log weights, evidence, resampling                      (lehr.annealing.weights)
+    warm up    num_warmup transitions that tune the step              (lehr.annealing.tuning)
+    move       num_steps transitions under π_k, nothing tuned: the corrector
 
-and after the last level, the draws that are kept. log Z accumulates log Σ W w for each
-entry, with W the normalised weights before it (Del Moral, Doucet & Jasra, 2006).
-
-The step in coordinate i is c · min(width_i(t), spread_i): the width is the path's own scale
-at the level, √(α² s² + σ²); the spread is half the distance between the 16 % and 84 % quantiles
-over the chains, which is what ordinary latents go by, and what a sharp likelihood makes smaller
-than the width. c is pooled over chains, carried from level to level, and tuned in warm-up steps
-alone. One transition in eight takes a quarter of the step, so that a chain where the density
-is steeper than elsewhere can still move; tuning and the reported acceptance average over both.
+and after the last level, the draws that are kept.
 
 Keys are folded in by name, (seed, stage, level, step, chain), so a chain's randomness does not
 depend on how chains are laid out. Statistics are summed inside the scans: memory does not grow
@@ -31,48 +23,57 @@ import jax
 import jax.numpy as jnp
 from blackjax.smc.resampling import systematic
 from jax.flatten_util import ravel_pytree
+from numpy.typing import ArrayLike
 
+from lehr.annealing.predictors import Ancestral, Predictor
 from lehr.annealing.progress import report
-from lehr.kernels.base import Kernel, LogDensity, Stats, Step, refresh
+from lehr.annealing.tuning import SHORT_STEP, Tuning, gain, squared_scale
+from lehr.annealing.weights import Particles, Weights, weigh
+from lehr.kernels.base import Kernel, LogDensity, Stats, Step
+from lehr.kernels.line_integral import PartlyKnown, closed_loop
 from lehr.programs.closure import Constants, Structure
 from lehr.programs.path import Position
+from lehr.programs.reverse import Level, ReverseStep, log_forward
 
 __all__ = ["Anneal", "Draws", "LevelStats", "Plan", "anneal"]
 
-PRIOR_CHAINS = 5.0  # how many chains' worth the prior spread counts in the pooled one
-GAIN_DECAY = 0.6
-ONE_SIGMA = (0.1587, 0.8413)  # the quantiles at ±1σ of a Gaussian
-SHORT_SHARE, SHORT_STEP = 0.125, 0.25  # which share of transitions take which share of the step
+LOOPS = 32  # chains at which the score is integrated round a closed loop
 
 
 class Plan(NamedTuple):
     """What is static about a run: together with the structure, it decides what is compiled.
 
     Attributes:
-        kernel: how chains move.
+        kernel: how chains move at a level.
+        predictor: how they move to the next; None where they stay, or follow the path's weights.
+        weights: how they are weighed; None for independent chains.
         num_chains: N.
         num_starts: draws that each chain chooses its start from; 1 for weighted chains.
         num_warmup: tuned transitions at each level.
-        num_steps: frozen transitions at each level.
+        num_steps: transitions at each level that count.
         num_draws: draws kept of each chain after the last level; a weighted run keeps its final points.
         thinning: transitions for each kept one.
-        weighted: whether chains are weighted and resampled along the path.
+        is_tuned: whether steps are given, level by level, rather than found.
+        counts_noise: whether predictors know that a product counts the noise more than once.
         progress: whether levels are reported as they finish.
     """
 
     kernel: Kernel
+    predictor: Predictor | None
+    weights: Weights | None
     num_chains: int
     num_starts: int
     num_warmup: int
     num_steps: int
     num_draws: int
     thinning: int
-    weighted: bool
+    is_tuned: bool
+    counts_noise: bool
     progress: bool
 
 
 class LevelStats(NamedTuple):
-    """Per level: scalars; stacked over levels, shape (K,)."""
+    """Per level: scalars, and the squared scale (D,); stacked over levels."""
 
     acceptance_rate: jax.Array
     step_size: jax.Array
@@ -82,6 +83,10 @@ class LevelStats(NamedTuple):
     survivors: jax.Array
     divergences: jax.Array
     nonfinite: jax.Array
+    evaluations: jax.Array
+    gap: jax.Array
+    loop_integral: jax.Array
+    inverse_mass: jax.Array
 
 
 class Draws(NamedTuple):
@@ -102,14 +107,10 @@ class Anneal(NamedTuple):
     log_weights: jax.Array
     log_evidence: jax.Array
     ancestors: jax.Array
-    log_step: jax.Array
 
 
 class _Carry(NamedTuple):
-    chains: Any
-    log_weights: jax.Array  # normalised: Σ exp = 1
-    log_evidence: jax.Array
-    ancestors: jax.Array
+    particles: Particles
     log_step: jax.Array
 
 
@@ -118,9 +119,10 @@ def anneal(
     plan: Plan,
     constants: Constants,
     times: jax.Array,
+    levels: Level,
+    tuning: Tuning,
     rng_key: jax.Array,
     threshold: jax.Array,
-    step_size: jax.Array,
 ) -> Anneal:
     """Run N chains down the ladder; pure, to be compiled once per (structure, plan, shapes).
 
@@ -129,71 +131,93 @@ def anneal(
         plan: what is static.
         constants: the path's data.
         times: the ladder, shape (K,).
+        levels: the noise at those times, each (K,).
+        tuning: steps (K,) and scales (K, D); without ``plan.is_tuned`` the first step is where tuning starts.
         rng_key: the seed.
         threshold: resample where ESS < threshold · N.
-        step_size: ε to start from.
     """
     n = plan.num_chains
-    step = plan.kernel.build()
     key_start, key_levels, key_draws, key_final = (jax.random.fold_in(rng_key, i) for i in range(4))
-
     start, log_start = jax.vmap(_starter(structure, plan, constants, times[0]))(_per_chain(key_start, n))
     prior_variance = jax.tree.map(lambda q: jnp.var(q, 0), start)
+    log_steps, inverse_masses = jnp.log(jnp.asarray(tuning.step_size)), jnp.asarray(tuning.scale) ** 2
 
-    def target(t: jax.Array) -> Any:
-        return lambda position: structure.log_density(constants, position, t)
+    def target(t: jax.Array) -> LogDensity:
+        return _target(structure, constants, t)
 
-    chains = jax.vmap(lambda q: plan.kernel.init(q, lambda _: jnp.zeros(())))(start)
-    carry = _Carry(
-        chains._replace(logdensity=log_start),  # so that the first increment is log π_0 − log start
-        jnp.full(n, -jnp.log(n)),
-        jnp.zeros(()),
-        jnp.arange(n),
-        jnp.log(step_size),
-    )
+    def scale(chains: Any, k: jax.Array, t: jax.Array) -> jax.Array:
+        if plan.is_tuned:
+            return inverse_masses[k]
+        widths = structure.widths(constants, jax.tree.map(lambda leaf: leaf[0], chains.position), t)
+        return squared_scale(chains.position, widths, prior_variance)
 
-    def level(carry: _Carry, now: tuple[jax.Array, jax.Array]) -> tuple[_Carry, LevelStats]:
-        k, t = now
-        key_resample, key_move = (jax.random.fold_in(jax.random.fold_in(key_levels, k), i) for i in range(2))
-        log_density = target(t)
-        fresh = jax.vmap(lambda chain: refresh(chain, log_density))(carry.chains)
-        increment = fresh.logdensity - carry.chains.logdensity
-        nonfinite = jnp.sum(~jnp.isfinite(fresh.logdensity))
-        carry = carry._replace(chains=fresh)
+    nowhere = PartlyKnown(*[lambda _: jnp.zeros(())] * 2)
+    chains = jax.vmap(lambda key, q: plan.kernel.init(key, q, nowhere))(_per_chain(key_start, n), start)
+    chains = chains._replace(logdensity=log_start)  # what the first weight compares with
+    particles = Particles(chains, jnp.full(n, -jnp.log(n)), jnp.zeros(()), jnp.arange(n))
+    mover = _Mover(plan, tuning.short_share)
+
+    def level(carry: _Carry, k: jax.Array) -> tuple[_Carry, LevelStats]:
+        t = times[k]
+        keys = [jax.random.fold_in(jax.random.fold_in(key_levels, k), i) for i in range(4)]
+        particles, log_step = carry
+        if plan.is_tuned:
+            log_step = log_steps[k]
+        chains, increment, gap = _enter(structure, plan, constants, times, levels, k, particles.chains, keys[2])
+        nonfinite = jnp.sum(~jnp.isfinite(chains.logdensity))
+        particles = particles._replace(chains=chains)
         resampled, ess = jnp.zeros((), bool), jnp.asarray(float(n))
-        if plan.weighted:
-            carry, ess, resampled = _weigh(carry, increment, key_resample, threshold)
-        survivors = jnp.sum(jnp.bincount(carry.ancestors, length=n) > 0)
+        gap = jnp.sum(jnp.where(jnp.isfinite(gap), gap, 0.0) * jnp.exp(particles.log_weights))
+        if plan.weights:
+            particles, ess, resampled = weigh(particles, increment, keys[0], threshold)
+        survivors = jnp.sum(jnp.bincount(particles.ancestors, length=n) > 0)
 
-        move = _mover(step, plan, log_density, _inverse_mass(structure, constants, carry, prior_variance, t))
-        chains, log_step, moved = move(key_move, carry.chains, carry.log_step, plan.num_warmup, plan.num_steps)
+        inverse_mass = scale(particles.chains, k, t)
+        chains, log_step, moved = mover(
+            keys[1], particles.chains, target(t), log_step, inverse_mass, plan.num_warmup, plan.num_steps
+        )
+        loops = _loops(structure, constants, chains, inverse_mass, t, keys[3])
         acceptance = jnp.mean(moved.acceptance_rate)
         if plan.progress:
             report(k, times.shape[0], t, acceptance, ess / n)
         stats = LevelStats(
-            acceptance, jnp.exp(log_step), ess, carry.log_evidence, resampled, survivors,
-            jnp.sum(moved.is_divergent), nonfinite,
+            acceptance, jnp.exp(log_step), ess, particles.log_evidence, resampled, survivors,
+            jnp.sum(moved.is_divergent), nonfinite, jnp.mean(moved.evaluations), gap, loops, inverse_mass,
         )  # fmt: skip
-        return carry._replace(chains=chains, log_step=log_step), stats
+        return _Carry(particles._replace(chains=chains), log_step), stats
 
-    carry, levels = jax.lax.scan(level, carry, (jnp.arange(times.shape[0]), times))
+    (particles, log_step), stats = jax.lax.scan(level, _Carry(particles, log_steps[0]), jnp.arange(times.shape[0]))
 
-    if plan.weighted:
-        chains, draws = carry.chains, _equally_weighted(carry, key_final)
+    if plan.weights:
+        draws = _equally_weighted(particles, key_final)
+    elif not plan.num_steps:
+        chains = particles.chains
+        draws = _still(jax.tree.map(lambda leaf: leaf[None], (chains.position, chains.logdensity)))
     else:
-        move = _mover(
-            step, plan, target(times[-1]), _inverse_mass(structure, constants, carry, prior_variance, times[-1])
-        )
+        last = times.shape[0] - 1
+        inverse_mass = scale(particles.chains, jnp.asarray(last), times[last])
 
         def draw(chains: Any, i: jax.Array) -> tuple[Any, Draws]:
-            chains, _, moved = move(jax.random.fold_in(key_draws, i), chains, carry.log_step, 0, plan.thinning)
+            key = jax.random.fold_in(key_draws, i)
+            chains, _, moved = mover(key, chains, target(times[last]), log_step, inverse_mass, 0, plan.thinning)
             return chains, Draws(chains.position, chains.logdensity, moved)
 
-        chains, draws = jax.lax.scan(draw, carry.chains, jnp.arange(plan.num_draws))
+        chains, draws = jax.lax.scan(draw, particles.chains, jnp.arange(plan.num_draws))
+        particles = particles._replace(chains=chains)
+    chains = particles.chains
     return Anneal(
-        levels, draws, chains.position, chains.logdensity, carry.log_weights, carry.log_evidence,
-        carry.ancestors, carry.log_step,
+        stats, draws, chains.position, chains.logdensity, particles.log_weights, particles.log_evidence,
+        particles.ancestors,
     )  # fmt: skip
+
+
+def _target(structure: Structure, constants: Constants, t: jax.Array) -> LogDensity:
+    def known(position: Position) -> jax.Array:
+        return structure.log_density(constants, position, t)
+
+    if "unknown" not in structure:
+        return known
+    return PartlyKnown(known, lambda position: structure.unknown(constants, position, t))
 
 
 def _starter(structure: Structure, plan: Plan, constants: Constants, t: jax.Array) -> Any:
@@ -218,87 +242,154 @@ def _starter(structure: Structure, plan: Plan, constants: Constants, t: jax.Arra
     return choose if plan.num_starts > 1 else draw
 
 
-def _equally_weighted(carry: _Carry, rng_key: jax.Array) -> Draws:
+def _enter(
+    structure: Structure,
+    plan: Plan,
+    constants: Constants,
+    times: jax.Array,
+    levels: Level,
+    k: jax.Array,
+    chains: Any,
+    rng_key: jax.Array,
+) -> tuple[Any, jax.Array, jax.Array]:
+    """Take all chains to level k: the chains there, what their log weights gain, and the gaps between two kinds."""
+    before = jnp.maximum(k - 1, 0)
+    t_from, t = times[before], times[k]
+    noisy, clean = (jax.tree.map(lambda leaf: leaf[i], levels) for i in (before, k))  # noqa: B023
+    is_first = k == 0
+    follows_path = plan.weights in ("path", "both")
+    has_others = "others" in structure
+
+    def split(position: Position) -> tuple[jax.Array, Any]:
+        x = {name: position[name] for name in structure.diffusion_sites}
+        flat, unravel = ravel_pytree(x)
+        return flat, lambda to: position | unravel(to)
+
+    def others(position: Position, t: jax.Array) -> jax.Array:
+        return structure.others(constants, position, t) if has_others else jnp.zeros(())
+
+    def propose(chain: Any, key: jax.Array) -> tuple[Position, jax.Array, jax.Array]:
+        """x, with log f − log K and log Π (r_i/f)^{w_i} + log f − log K."""
+        x_noisy, put = split(chain.position)
+        gradient = plan.kernel.gradient(chain)
+        none = jnp.zeros(())
+        if follows_path:
+            step: ReverseStep = structure.reverse_step(constants, chain.position, gradient, t_from, t)
+            x, log_path, log_proposal = step.draw(key)
+            return put(x), log_forward(x, x_noisy, noisy, clean) - log_proposal, log_path
+        slope, _ = split(gradient)
+        copies, _ = split({**chain.position, **structure.copies(constants, chain.position, t_from)})
+        copies = copies if plan.counts_noise else jnp.ones_like(copies)
+        if plan.weights and isinstance(plan.predictor, Ancestral):
+            mean, std = plan.predictor.kernel(x_noisy, slope, copies, noisy, clean)
+            noise = jax.random.normal(key, mean.shape)
+            x = mean + std * noise
+            log_proposal = jnp.sum(jax.scipy.stats.norm.logpdf(noise) - jnp.log(std))
+            return put(x), log_forward(x, x_noisy, noisy, clean) - log_proposal, none
+        assert plan.predictor is not None
+
+        def gradient_at(x: jax.Array, is_clean: bool) -> jax.Array:
+            there = t if is_clean else t_from
+            return split(jax.grad(lambda q: structure.log_density(constants, q, there))(put(x)))[0]
+
+        return put(plan.predictor.move(key, x_noisy, slope, copies, noisy, clean, gradient_at)), none, none
+
+    def enter(chain: Any, key: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
+        position, proposal, path = chain.position, jnp.zeros(()), jnp.zeros(())
+        if follows_path or plan.predictor is not None:
+            stay = lambda: (position, proposal, path)  # noqa: E731
+            position, proposal, path = jax.lax.cond(is_first, stay, lambda: propose(chain, key))
+        fresh = plan.kernel.refresh(chain._replace(position=position), _target(structure, constants, t))
+        by_energy = fresh.logdensity - chain.logdensity + proposal
+        if not follows_path:
+            return fresh, by_energy, jnp.zeros(())
+        by_path = jax.lax.cond(
+            is_first,
+            lambda: structure.start_density(constants, position, t) - chain.logdensity,
+            lambda: path + others(position, t) - others(chain.position, t_from),
+        )
+        gap = jnp.where(is_first, 0.0, by_energy - by_path)
+        return fresh, by_energy if plan.weights == "both" else by_path, gap
+
+    return jax.vmap(enter)(chains, _per_chain(rng_key, plan.num_chains))
+
+
+def _equally_weighted(particles: Particles, rng_key: jax.Array) -> Draws:
     """The final points, resampled once more: one draw of every chain."""
-    n = carry.log_weights.shape[0]
-    chosen = systematic(rng_key, jnp.exp(carry.log_weights), n)
-    position, logdensity = jax.tree.map(
-        lambda leaf: leaf[chosen][None], (carry.chains.position, carry.chains.logdensity)
-    )
-    return Draws(position, logdensity, Stats(jnp.ones((1, n)), jnp.zeros((1, n), int)))
+    n = particles.log_weights.shape[0]
+    chosen = systematic(rng_key, jnp.exp(particles.log_weights), n)
+    chains = particles.chains
+    return _still(jax.tree.map(lambda leaf: leaf[chosen][None], (chains.position, chains.logdensity)))
 
 
-def _weigh(
-    carry: _Carry, increment: jax.Array, rng_key: jax.Array, threshold: jax.Array
-) -> tuple[_Carry, jax.Array, jax.Array]:
-    """Weigh, account for the evidence, and resample if the weights have become too uneven."""
-    n = carry.log_weights.shape[0]
-    weights = carry.log_weights + increment
-    weights = jnp.where(jnp.isnan(weights), -jnp.inf, weights)  # who once had no weight gets none back
-    gain = jax.nn.logsumexp(weights)
-    alive = jnp.isfinite(gain)
-    weights = jnp.where(alive, weights - gain, -jnp.log(n))
-    ess = jnp.exp(-jax.nn.logsumexp(2 * weights))
-    resample = ess < threshold * n
-
-    def again() -> tuple[Any, jax.Array, jax.Array]:
-        chosen = systematic(rng_key, jnp.exp(weights), n)
-        return (*jax.tree.map(lambda leaf: leaf[chosen], (carry.chains, carry.ancestors)), jnp.full(n, -jnp.log(n)))
-
-    chains, ancestors, weights = jax.lax.cond(resample, again, lambda: (carry.chains, carry.ancestors, weights))
-    carry = carry._replace(
-        chains=chains, ancestors=ancestors, log_weights=weights, log_evidence=carry.log_evidence + gain
-    )
-    return carry, jnp.where(alive, ess, 0.0), resample
+def _still(draws: tuple[Position, jax.Array]) -> Draws:
+    """Draws that no transition was made for."""
+    position, logdensity = draws
+    none = jnp.zeros(logdensity.shape, int)
+    return Draws(position, logdensity, Stats(jnp.ones_like(logdensity), none, none))
 
 
-def _inverse_mass(
-    structure: Structure, constants: Constants, carry: _Carry, prior_variance: Position, t: jax.Array
+def _loops(
+    structure: Structure, constants: Constants, chains: Any, inverse_mass: jax.Array, t: jax.Array, rng_key: jax.Array
 ) -> jax.Array:
-    """The squared scale of each coordinate, flat: the lesser of width² and pooled variance."""
-    position = carry.chains.position
-    n = carry.log_weights.shape[0]
-    widths = structure.widths(constants, jax.tree.map(lambda leaf: leaf[0], position), t)
-
-    def squared_scale(q: jax.Array, width: jax.Array, prior: jax.Array) -> jax.Array:
-        low, high = jnp.quantile(q, jnp.array(ONE_SIGMA), axis=0)
-        pooled = ((high - low) / 2) ** 2
-        cap = jnp.where(jnp.isfinite(width), width**2, prior + 1e-12)
-        shrunk = (n * pooled + PRIOR_CHAINS * cap) / (n + PRIOR_CHAINS)
-        return jnp.where(jnp.isfinite(shrunk), jnp.minimum(shrunk, width**2), cap)
-
-    return ravel_pytree(jax.tree.map(squared_scale, position, widths, prior_variance))[0]
+    """Root mean square over chains of the score's closed-loop integral."""
+    if "unknown" not in structure:
+        return jnp.zeros(())
+    positions = jax.tree.map(lambda leaf: leaf[:LOOPS], chains.position)
+    count = jax.tree.leaves(positions)[0].shape[0]
+    unknown = lambda q: structure.unknown(constants, q, t)  # noqa: E731
+    loop = jax.vmap(lambda q, key: closed_loop(unknown, q, jnp.sqrt(inverse_mass), key))
+    return jnp.sqrt(jnp.mean(loop(positions, _per_chain(rng_key, count)) ** 2))
 
 
-def _mover(step: Step, plan: Plan, log_density: LogDensity, inverse_mass: jax.Array) -> Any:
-    """How all chains move at one level: ``move(key, chains, log_step, num_warmup, num_steps)``.
+class _Mover:
+    """How all chains move at one level.
 
-    Returns the chains, the step size, and of the steps that count each chain's mean acceptance and
-    number of divergences, (chains,).
+    ``move(key, chains, target, log_step, inverse_mass, num_warmup, num_steps)`` returns the chains, the
+    step size, and for each chain the mean acceptance and number of divergences of the steps that
+    count, and the evaluations of all, (chains,).
     """
 
-    def move(rng_key: jax.Array, chains: Any, log_step: jax.Array, num_warmup: int, num_steps: int) -> Any:
+    def __init__(self, plan: Plan, short_share: ArrayLike) -> None:
+        self.plan, self.short_share = plan, short_share
+        self.step: Step = plan.kernel.build()
+
+    def __call__(
+        self,
+        rng_key: jax.Array,
+        chains: Any,
+        target: LogDensity,
+        log_step: jax.Array,
+        inverse_mass: jax.Array,
+        num_warmup: int,
+        num_steps: int,
+    ) -> tuple[Any, jax.Array, Stats]:
+        n = self.plan.num_chains
+        none = Stats(jnp.zeros(n), jnp.zeros(n, int), jnp.zeros(n, int))
+        if num_warmup + num_steps == 0:
+            return chains, log_step, none
+
+        def transition(rng_key: jax.Array, chain: Any, log_step: jax.Array) -> tuple[Any, Stats]:
+            key_step, key_length = jax.random.split(rng_key)
+            short = jax.random.bernoulli(key_length, jnp.asarray(self.short_share))
+            step_size = jnp.exp(log_step) * jnp.where(short, SHORT_STEP, 1.0)
+            return self.step(key_step, chain, target, step_size, inverse_mass)
+
         def one(state: tuple[Any, jax.Array, Stats], i: jax.Array) -> tuple[tuple[Any, jax.Array, Stats], None]:
             chains, log_step, sums = state
+            keys = _per_chain(jax.random.fold_in(rng_key, i), n)
+            chains, stats = jax.vmap(transition, (0, 0, None))(keys, chains, log_step)
+            error = jnp.mean(stats.acceptance_rate) - self.plan.kernel.target_acceptance
+            counts = i >= num_warmup
+            sums = Stats(
+                sums.acceptance_rate + jnp.where(counts, stats.acceptance_rate, 0.0),
+                sums.is_divergent + jnp.where(counts, stats.is_divergent, 0),
+                sums.evaluations + stats.evaluations,
+            )
+            return (chains, log_step + gain(i, num_warmup) * error, sums), None
 
-            def transition(rng_key: jax.Array, chain: Any) -> tuple[Any, Stats]:
-                key_step, key_length = jax.random.split(rng_key)
-                short = jax.random.bernoulli(key_length, SHORT_SHARE)
-                step_size = jnp.exp(log_step) * jnp.where(short, SHORT_STEP, 1.0)
-                return step(key_step, chain, log_density, step_size, inverse_mass)
-
-            keys = _per_chain(jax.random.fold_in(rng_key, i), plan.num_chains)
-            chains, stats = jax.vmap(transition)(keys, chains)
-            error = jnp.mean(stats.acceptance_rate) - plan.kernel.target_acceptance
-            gain = jnp.where(i < num_warmup, (i + 1.0) ** -GAIN_DECAY, 0.0)
-            sums = jax.tree.map(lambda total, now: total + jnp.where(i < num_warmup, 0, now), sums, stats)
-            return (chains, log_step + gain * error, sums), None
-
-        none = Stats(jnp.zeros(plan.num_chains), jnp.zeros(plan.num_chains, int))
         (chains, log_step, sums), _ = jax.lax.scan(one, (chains, log_step, none), jnp.arange(num_warmup + num_steps))
-        return chains, log_step, sums._replace(acceptance_rate=sums.acceptance_rate / num_steps)
-
-    return move
+        return chains, log_step, sums._replace(acceptance_rate=sums.acceptance_rate / max(num_steps, 1))
 
 
 def _per_chain(rng_key: jax.Array, n: int) -> jax.Array:

@@ -24,8 +24,10 @@ import jax
 import numpy as np
 
 from lehr.annealing.ladder import Ladder
-from lehr.annealing.loop import Anneal, Plan
+from lehr.annealing.loop import LOOPS, Anneal, Plan
+from lehr.annealing.tuning import SHORT_SHARE, Tuning
 from lehr.programs.path import Path
+from lehr.programs.reverse import evaluations
 
 __all__ = ["Run", "record"]
 
@@ -43,10 +45,13 @@ class Run:
         observations: observed values, by site.
         levels: per-level arrays, shape (K,): ``t``, ``log_snr``, ``sigma`` (σ/α, the noise in units of
             the data), ``acceptance_rate``, ``step_size``, ``ess_weights``, ``log_evidence``, ``resampled``,
-            ``survivors`` (distinct ancestors), ``diverging`` (transitions), ``nonfinite`` (chains).
+            ``survivors`` (distinct ancestors), ``diverging`` (transitions), ``nonfinite`` (chains); with
+            both kinds of weights ``gap`` (energy less path, nats); with scores ``loop_integral``
+            (root mean square of ∮ s·dx over triangles of one scale, nats).
         particles: a weighted run's weighted set, by site, shape (N, *site); empty otherwise.
         log_weights: its normalised log weights, shape (N,); None for an unweighted run.
         attrs: how the run was made, and what it cost.
+        tuning: the steps that were taken, for another run on the same ladder.
     """
 
     method: str
@@ -57,6 +62,7 @@ class Run:
     particles: dict[str, np.ndarray] = field(repr=False)
     log_weights: np.ndarray | None = field(repr=False)
     attrs: dict[str, Any]
+    tuning: Tuning = field(repr=False)
     _log_evidence: float | None = None
     _log_evidence_se: float | None = None
 
@@ -118,8 +124,10 @@ class Run:
         print_summary(self, console)
 
 
-def record(method: str, path: Path, plan: Plan, ladder: Ladder, result: Anneal, seconds: float) -> Run:
-    """What the compiled program returned, as a :class:`Run`."""
+def record(
+    method: str, path: Path, plan: Plan, ladder: Ladder, result: Anneal, trial: Anneal | None, seconds: float
+) -> Run:
+    """What the compiled programs returned, as a :class:`Run`; ``trial`` is the pilot's."""
     schedule, times = path.schedule, ladder.times
     host = jax.tree.map(np.asarray, result)
     log_snr = np.asarray(schedule.log_snr(times))
@@ -132,34 +140,39 @@ def record(method: str, path: Path, plan: Plan, ladder: Ladder, result: Anneal, 
         "diverging": host.levels.divergences,
         "nonfinite": host.levels.nonfinite,
     }
-    if plan.weighted:
+    if plan.weights:
         levels |= {
             "ess_weights": host.levels.ess,
             "log_evidence": host.levels.log_evidence,
             "resampled": host.levels.resampled,
             "survivors": host.levels.survivors,
         }
+    if plan.weights == "both":
+        levels["gap"] = host.levels.gap
+    if path.score_sites:
+        levels["loop_integral"] = host.levels.loop_integral
     by_chain = jax.tree.map(lambda leaf: np.swapaxes(leaf, 0, 1), host.draws)
-    if plan.weighted:
+    if plan.weights:
         by_chain = jax.tree.map(lambda leaf: leaf.reshape(_blocks(leaf.shape[0]), -1, *leaf.shape[2:]), by_chain)
     stats = {} if path.score_sites else {"lp": by_chain.logdensity}
-    if not plan.weighted:
-        stats["diverging"] = by_chain.stats.is_divergent > 0
-    if path.score_sites:  # without log densities nobody knows what a test would have said
+    if not (path.score_sites and not plan.kernel.integrates_score) and plan.num_steps:
+        if not plan.weights:
+            stats["acceptance_rate"] = by_chain.stats.acceptance_rate
+    else:  # without log densities nobody knows what a test would have said
         levels["acceptance_rate"] = np.full(len(ladder), np.nan)
-    elif not plan.weighted:
-        stats["acceptance_rate"] = by_chain.stats.acceptance_rate
-    transitions = plan.num_warmup + plan.num_steps
-    per_chain = len(ladder) * (1 + transitions * plan.kernel.evaluations_per_step)
-    per_chain += plan.num_starts if plan.num_starts > 1 else 0
+    if not plan.weights and plan.num_steps:
+        stats["diverging"] = by_chain.stats.is_divergent > 0
     attrs = {
-        "kernel": repr(plan.kernel),
+        "kernel": repr(plan.kernel) if plan.num_steps else repr(plan.predictor),
+        "weights": plan.weights or "none",
+        "predictor": repr(plan.predictor),
         "guidance": ", ".join(sorted({repr(g) for g in path.guidance.values()})),
         "num_levels": len(ladder),
         "num_warmup": plan.num_warmup,
         "num_steps": plan.num_steps,
         "num_chains": plan.num_chains,
-        "evaluations_per_chain": per_chain + plan.num_draws * plan.thinning * plan.kernel.evaluations_per_step,
+        "pilot_chains": 0 if trial is None else trial.ancestors.size,
+        "evaluations_per_chain": _evaluations(path, plan, result, trial),
         "seconds": round(seconds, 3),
         "calibrated": int(path.is_calibrated),
     }
@@ -169,12 +182,32 @@ def record(method: str, path: Path, plan: Plan, ladder: Ladder, result: Anneal, 
         sample_stats=stats,
         observations={k: np.asarray(v) for k, v in path.observations.items() if not isinstance(v, jax.core.Tracer)},
         levels=levels,
-        particles=_constrained(path, host.position, 1) if plan.weighted else {},
-        log_weights=host.log_weights if plan.weighted else None,
+        particles=_constrained(path, host.position, 1) if plan.weights else {},
+        log_weights=host.log_weights if plan.weights else None,
         attrs=attrs,
-        _log_evidence=float(host.log_evidence) if plan.weighted else None,
-        _log_evidence_se=_evidence_error(host) if plan.weighted else None,
+        _log_evidence=float(host.log_evidence) if plan.weights else None,
+        _log_evidence_se=_evidence_error(host) if plan.weights else None,
+        tuning=Tuning(host.levels.step_size, host.levels.inverse_mass**0.5, SHORT_SHARE),
     )
+
+
+def _evaluations(path: Path, plan: Plan, result: Anneal, trial: Anneal | None) -> float:
+    """Gradient evaluations for each chain, with the pilot's and the diagnostics' shared among all."""
+    k = result.levels.evaluations.size
+    between = 1.0  # the refresh
+    if plan.weights in ("path", "both"):
+        between += evaluations(path) * (k - 1) / k
+    elif plan.predictor is not None:
+        between += plan.predictor.evaluations * (k - 1) / k
+    starts = plan.num_starts if plan.num_starts > 1 else 0
+    made = float(np.sum(result.draws.stats.evaluations))
+    made += plan.num_chains * (float(np.sum(result.levels.evaluations)) + k * between + starts)
+    if trial is not None:
+        made += trial.ancestors.size * (float(np.sum(trial.levels.evaluations)) + k * between)
+    if path.score_sites:
+        made += 15 * LOOPS * k
+    made /= plan.num_chains
+    return int(made) if made == int(made) else round(made, 2)
 
 
 def _constrained(path: Path, position: dict[str, np.ndarray], batch_ndims: int) -> dict[str, np.ndarray]:

@@ -43,9 +43,9 @@ __all__ = [
 
 SCORE_IS_NO_ENERGY = (
     "A Metropolis test, a mixture or a weight needs the log density itself, and handing a kernel the score as the "
-    "gradient of a constant would sample another density. Use an unadjusted kernel, lehr.UHMC or lehr.ULA with "
-    "lehr.AnnealedMCMC; or give an energy, lehr.EnergyNetwork. (A third way, line-integral kernels, which test a "
-    "proposal by integrating the score along it, is not in this version.)"
+    "gradient of a constant would sample another density. Three ways out: a kernel that integrates the score along "
+    'each proposal, lehr.HMC(metropolis="line-integral"), or so with lehr.MALA and lehr.NUTS; an unadjusted kernel, '
+    'lehr.UHMC or lehr.ULA with lehr.AnnealedMCMC; an energy, lehr.EnergyNetwork. Weights of scores are weights="path".'
 )
 
 _M = TypeVar("_M", bound=eqx.Module)
@@ -96,6 +96,12 @@ class Potential(eqx.Module):
     def is_calibrated(self) -> bool:
         """Whether c(t) = 0, for each member where there are several: densities are normalised."""
         return False
+
+    @property
+    def is_diffusion(self) -> bool:
+        """Whether p_t is the density of α_t x₀ + σ_t ε, so that ``denoise`` is E[x₀ | x_t]: true of
+        models and their mixtures, not of products."""
+        return True
 
     @abc.abstractmethod
     def moments(self, t: ArrayLike) -> Moments:

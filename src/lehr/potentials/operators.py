@@ -57,6 +57,8 @@ __all__ = [
     "Power",
     "Product",
     "ScoreProduct",
+    "factors",
+    "members",
 ]
 
 
@@ -189,6 +191,17 @@ def Contrast(p: Potential, q: Potential, weight: ArrayLike = 1.0, floor: ArrayLi
     return Product([p, q], jnp.stack([1 + w, -w]))
 
 
+def members(potential: Potential) -> tuple[Potential, ...]:
+    """What a potential is a product of: itself, if it is none."""
+    return potential.members if isinstance(potential, _Product) else (potential,)
+
+
+def factors(potential: Potential) -> list[tuple[jax.Array, Potential]]:
+    """The :func:`members` p_i with their exponents w_i, as pairs (w_i, p_i)."""
+    weights = potential.weights if isinstance(potential, _Product) else jnp.ones(1)
+    return list(zip(weights, members(potential), strict=True))
+
+
 class _Product(Potential):
     """What energies and scores share as members of a product."""
 
@@ -204,6 +217,10 @@ class _Product(Potential):
     @property
     def is_calibrated(self) -> bool:
         return all(p.is_calibrated for p in self.members)
+
+    @property
+    def is_diffusion(self) -> bool:
+        return False
 
     def reschedule(self, schedule: Schedule) -> Potential:
         return Product([with_schedule(p, schedule) for p in self.members], self.weights)
@@ -264,6 +281,10 @@ class EnergyMixture(EnergyPotential):
     @property
     def is_calibrated(self) -> bool:
         return all(p.is_calibrated for p in self.members)
+
+    @property
+    def is_diffusion(self) -> bool:
+        return all(p.is_diffusion for p in self.members)
 
     def reschedule(self, schedule: Schedule) -> EnergyMixture:
         seen = tuple(with_schedule(p, schedule) for p in self.members)
@@ -340,6 +361,10 @@ class Floored(EnergyPotential):
     @property
     def is_calibrated(self) -> bool:
         return self.potential.is_calibrated
+
+    @property
+    def is_diffusion(self) -> bool:
+        return False
 
     def reschedule(self, schedule: Schedule) -> Floored:
         return Floored(with_schedule(self.potential, schedule), jnp.exp(self.log_floor))

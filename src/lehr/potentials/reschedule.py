@@ -63,6 +63,10 @@ class _Rescheduled(Potential):
     def is_calibrated(self) -> bool:
         return self.potential.is_calibrated
 
+    @property
+    def is_diffusion(self) -> bool:
+        return self.potential.is_diffusion
+
     def reschedule(self, schedule: Schedule) -> Potential:
         return with_schedule(self.potential, schedule)
 

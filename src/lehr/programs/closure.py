@@ -14,6 +14,7 @@ taken out; they belong to the structure, by value.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Callable, Iterator
@@ -23,7 +24,8 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
-from lehr.programs.path import Path, Position
+from lehr.programs.path import Path
+from lehr.programs.reverse import reverse_step, start_density
 
 __all__ = ["Constants", "Structure", "close"]
 
@@ -31,27 +33,26 @@ Constants = dict[str, list[Any]]
 
 
 class Structure:
-    """The functions of a path without its data; hashable, equal when the computations are."""
+    """The functions of a path without its data; hashable, equal when the computations are.
 
-    def __init__(self, functions: dict[str, Callable[..., Any]], digest: str) -> None:
+    Each takes the constants first, and then what the path's own function takes: ``log_density``
+    (:meth:`Path.surrogate`), ``init``, ``log_start``, ``widths``, and of the optional ones those that were asked
+    for.
+    """
+
+    def __init__(self, functions: dict[str, Callable[..., Any]], diffusion_sites: tuple[str, ...], digest: str) -> None:
         self._functions = functions
+        self.diffusion_sites = diffusion_sites
         self.digest = digest
 
-    def log_density(self, constants: Constants, position: Position, t: jax.Array) -> jax.Array:
-        """:meth:`Path.surrogate`: log π_t, up to the parts known through scores only."""
-        return self._functions["log_density"](constants, position, t)
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        try:
+            return self.__dict__["_functions"][name]
+        except KeyError:
+            raise AttributeError(f"this structure was closed without {name!r}") from None
 
-    def init(self, constants: Constants, rng_key: jax.Array, t: jax.Array) -> Position:
-        """:meth:`Path.init`."""
-        return self._functions["init"](constants, rng_key, t)
-
-    def log_start(self, constants: Constants, position: Position, t: jax.Array) -> jax.Array:
-        """:meth:`Path.log_start`."""
-        return self._functions["log_start"](constants, position, t)
-
-    def widths(self, constants: Constants, position: Position, t: jax.Array) -> Position:
-        """:meth:`Path.widths`."""
-        return self._functions["widths"](constants, position, t)
+    def __contains__(self, name: str) -> bool:
+        return name in self._functions
 
     def __hash__(self) -> int:
         return hash(self.digest)
@@ -60,29 +61,48 @@ class Structure:
         return isinstance(other, Structure) and self.digest == other.digest
 
 
-def close(path: Path) -> tuple[Structure, Constants]:
-    """A bound path as structure and data."""
+def close(path: Path, *optional: str) -> tuple[Structure, Constants]:
+    """A bound path as structure and data.
+
+    Args:
+        path: bound.
+        optional: functions besides the four: ``"unknown"``, ``"others"``, ``"copies"``, ``"moments"``,
+            ``"reverse_step"``, ``"start_density"``.
+    """
     key, t = jax.random.key(0), jax.numpy.ones(())
     position = jax.eval_shape(path.init, key, t)
-    signatures: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+    functions: dict[str, Callable[..., Any]] = {}
+    constants: dict[str, list[Any]] = {}
+    digest = hashlib.sha256()
+    signatures = _signatures(path, position, key, t)
+    for name in ("log_density", "init", "log_start", "widths", *optional):
+        function, arguments = signatures[name]
+        traced, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+        constants[name] = list(traced.consts)
+        functions[name] = _open(name, traced.jaxpr, jax.tree.structure(shapes))
+        differentiated = name in ("log_density", "unknown")
+        spelt_out = jax.value_and_grad(functions[name], 1) if differentiated else functions[name]
+        program = jax.make_jaxpr(spelt_out)(constants, *arguments)
+        digest.update(name.encode() + re.sub(r"0x[0-9a-f]+", "", str(program)).encode())
+        for unread in _unread(program):
+            digest.update(unread)
+    digest.update(repr(path.diffusion_sites).encode())
+    return Structure(functions, path.diffusion_sites, digest.hexdigest()), constants
+
+
+def _signatures(path: Path, position: Any, key: Any, t: Any) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+    return {
         "log_density": (path.surrogate, (position, t)),
         "init": (path.init, (key, t)),
         "log_start": (path.log_start, (position, t)),
         "widths": (path.widths, (position, t)),
+        "unknown": (path.unknown, (position, t)),
+        "others": (path.others, (position, t)),
+        "copies": (path.copies, (position, t)),
+        "moments": (path.moments, (position, t)),
+        "reverse_step": (functools.partial(reverse_step, path), (position, position, t, t)),
+        "start_density": (functools.partial(start_density, path), (position, t)),
     }
-    functions: dict[str, Callable[..., Any]] = {}
-    constants: dict[str, list[Any]] = {}
-    digest = hashlib.sha256()
-    for name, (function, arguments) in signatures.items():
-        traced, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
-        constants[name] = list(traced.consts)
-        functions[name] = _open(name, traced.jaxpr, jax.tree.structure(shapes))
-        spelt_out = jax.value_and_grad(functions[name], 1) if name == "log_density" else functions[name]
-        program = jax.make_jaxpr(spelt_out)(constants, *arguments)
-        digest.update(re.sub(r"0x[0-9a-f]+", "", str(program)).encode())
-        for unread in _unread(program):
-            digest.update(unread)
-    return Structure(functions, digest.hexdigest()), constants
 
 
 def _open(name: str, jaxpr: Any, treedef: Any) -> Callable[..., Any]:

@@ -28,17 +28,18 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 from numpyro import handlers
-from numpyro.distributions import MaskedDistribution, biject_to
+from numpyro.distributions import ExpandedDistribution, Independent, MaskedDistribution, biject_to
 from numpyro.distributions.util import is_identically_one
 from numpyro.infer.util import constrain_fn
 
-from lehr.potentials.base import SCORE_IS_NO_ENERGY, EnergyPotential, Potential, check_time
+from lehr.potentials.base import SCORE_IS_NO_ENERGY, Potential, check_time
+from lehr.potentials.operators import members
 from lehr.programs.diffusion import Diffusion, diffusions, noise_level
 from lehr.programs.guidance import Guidance, Tweedie
-from lehr.programs.reading import Quadratic, quadratic, unadjusted
+from lehr.programs.reading import Quadratic, is_energy, known, quadratic, unknown
 from lehr.schedules import Schedule
 
-__all__ = ["Path", "Position"]
+__all__ = ["Path", "Position", "total_log_prob"]
 
 Position = dict[str, jax.Array]
 Site = dict[str, Any]
@@ -63,6 +64,7 @@ class Path:
     def __init__(self, model: Callable[..., Any] | Potential, guidance: Guidances | None = None) -> None:
         self.guidance = _per_site(guidance)
         self.end = jnp.zeros(())
+        self.forgets = False
         self._arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         if isinstance(model, Potential):
             self.model: Callable[..., Any] = _Prior(model)
@@ -89,6 +91,13 @@ class Path:
         path.end = jnp.asarray(t, float)
         return path
 
+    def as_scores(self) -> Path:
+        """The same path with its energies known through their scores only."""
+        path = copy.copy(self)
+        path.forgets = True
+        path.score_sites = path.factor_sites
+        return path
+
     @property
     def is_bound(self) -> bool:
         return self._arguments is not None
@@ -104,21 +113,22 @@ class Path:
 
     def surrogate(self, position: Position, t: ArrayLike) -> jax.Array:
         """log π_t where every factor is an energy. Where some are scores its gradient is right and
-        their part of its value is missing: for unadjusted kernels only."""
+        their part of its value is missing: for unadjusted kernels and line integrals only."""
         t = check_time(t)
         x = {name: position[name] for name in self.diffusion_sites}
 
-        def factors(x: Position) -> jax.Array:
-            sites = self._run(position, x, t)
-            return _total(site | {"fn": unadjusted(site["fn"])} for site in sites if diffusions(site["fn"]))
+        def models(x: Position) -> jax.Array:
+            sites = self.trace(position, x, t)
+            factors = (site for site in sites if diffusions(site["fn"]))
+            return total_log_prob(site | {"fn": known(site["fn"], self.forgets)} for site in factors)
 
         if not self.other_sites:
-            return factors(x)
+            return models(x)
         if any(g.uses_score for g in self._strategies):
-            value, score = jax.value_and_grad(factors)(x)
-            _, copies = self._quadratic("noise", position, t)
+            value, score = jax.value_and_grad(models)(x)
+            copies = self.copies(position, t)
         else:
-            value, score, copies = factors(x), x, x
+            value, score, copies = models(x), x, x
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         for strategy, names in self._strategies.items():
             read = {
@@ -127,23 +137,34 @@ class Path:
                 )
                 for name in x
             }
-            sites = self._run(position, read, t)
-            value += _total(site for site in sites if site["name"] in names) + self._log_jacobian(
+            sites = self.trace(position, read, t)
+            value += total_log_prob(site for site in sites if site["name"] in names) + self._log_jacobian(
                 sites, position, names
             )
         return value
+
+    def unknown(self, position: Position, t: ArrayLike) -> jax.Array:
+        """Zero, with the gradient of the part of log π_t that :meth:`surrogate` lacks the value of."""
+        x = {name: position[name] for name in self.diffusion_sites}
+        sites = self.trace(position, x, check_time(t))
+        factors = (site for site in sites if diffusions(site["fn"]))
+        return total_log_prob(site | {"fn": unknown(site["fn"], self.forgets)} for site in factors)
+
+    def others(self, position: Position, t: ArrayLike) -> jax.Array:
+        """The part of log π_t that no diffusion model has a share in: log p(θ) + log L(y | x̂₀, θ)."""
+        return self.as_scores().surrogate(position, t)
 
     def init(self, rng_key: jax.Array, t: ArrayLike = 1.0) -> Position:
         """One draw of where chains start at level t: an unconstrained position."""
         t = check_time(t)
         key_latent, key_x = jax.random.split(rng_key)
-        sites = self._run({}, self._origin(), t, rng_key=key_latent)
+        sites = self.trace({}, self.origin(), t, rng_key=key_latent)
         position = {
             site["name"]: biject_to(site["fn"].support).inv(site["value"])
             for site in sites
             if site["name"] in self.latent_sites
         }
-        means, precisions = self._quadratic("moments", position, t)
+        means, precisions = self.quadratic("moments", position, t)
         for i, name in enumerate(self.diffusion_sites):
             key = jax.random.fold_in(key_x, i)
             noise = jax.random.normal(key, means[name].shape)
@@ -153,10 +174,10 @@ class Path:
     def log_start(self, position: Position, t: ArrayLike = 1.0) -> jax.Array:
         """The log density, normalised, of what :meth:`init` draws at level t."""
         t = check_time(t)
-        sites = self._run(position, self._origin(), t)
-        log_prior = _total(_as_drawn(site) for site in sites if site["name"] in self.latent_sites)
+        sites = self.trace(position, self.origin(), t)
+        log_prior = total_log_prob(_as_drawn(site) for site in sites if site["name"] in self.latent_sites)
         log_prior += self._log_jacobian(sites, position, self.latent_sites)
-        means, precisions = self._quadratic("moments", position, t)
+        means, precisions = self.quadratic("moments", position, t)
         gaussian = [
             jnp.sum(jnp.log(precisions[k] / (2 * math.pi)) - precisions[k] * (position[k] - means[k]) ** 2) / 2
             for k in self.diffusion_sites
@@ -166,10 +187,19 @@ class Path:
     def widths(self, position: Position, t: ArrayLike) -> Position:
         """The scale of steps at level t, coordinate by coordinate; infinite for ordinary latents,
         of which the path knows none."""
-        _, precisions = self._quadratic("width", position, check_time(t))
+        _, precisions = self.quadratic("width", position, check_time(t))
         return {
             k: precisions[k] ** -0.5 if k in precisions else jnp.full(v.shape, jnp.inf) for k, v in position.items()
         }
+
+    def copies(self, position: Position, t: ArrayLike) -> Position:
+        """How often the noise is counted at each coordinate of x: Σ w_i over the factors that see it."""
+        return self.quadratic("noise", position, check_time(t))[1]
+
+    def moments(self, position: Position, t: ArrayLike) -> tuple[Position, Position]:
+        """Mean and standard deviation of x at level t, from the Gaussian summaries of all factors."""
+        means, precisions = self.quadratic("moments", position, check_time(t))
+        return means, {k: p**-0.5 for k, p in precisions.items()}
 
     def constrain(self, position: Any, batch_ndims: int = 0) -> dict[str, jax.Array]:
         """The sites' own values at a position, with the deterministic ones.
@@ -188,6 +218,17 @@ class Path:
             raise TypeError(
                 f"{who} needs log densities, and the Diffusion site{'s' * (len(self.score_sites) > 1)} "
                 f"{', '.join(map(repr, self.score_sites))} is known through a score only. {SCORE_IS_NO_ENERGY}"
+            )
+
+    def refuse_without_denoiser(self, who: str) -> None:
+        """Raise a TypeError if a factor is not a diffusion model, and so has no reverse kernel."""
+        self._bound_arguments()
+        if self.without_denoiser:
+            raise TypeError(
+                f"{who} needs the denoiser of every factor, E[x₀ | x_t], and the site {self.without_denoiser[0]!r} has "
+                "none: its density is not the noised density of any data (a floor under a density, a mixture of "
+                'products). Use weights="energy", or build the site from models, products of models and lehr.Mixture '
+                "of models."
             )
 
     # Binding
@@ -218,9 +259,9 @@ class Path:
         potentials = [d.potential for s in sites for d in diffusions(s["fn"])]
         self.schedule: Schedule = potentials[0].schedule
         self.is_calibrated = all(p.is_calibrated for p in potentials)
-        self.score_sites = tuple(
-            s["name"] for s in sites if any(not isinstance(d.potential, EnergyPotential) for d in diffusions(s["fn"]))
-        )
+        self.factor_sites = tuple(s["name"] for s in sites if diffusions(s["fn"]))
+        self.score_sites = tuple(s["name"] for s in sites if not all(is_energy(d) for d in diffusions(s["fn"])))
+        self.without_denoiser = tuple(s["name"] for s in sites if diffusions(s["fn"]) and not _is_reversible(s["fn"]))
         self._strategies = self._assign(self.guidance)
 
     def _discover(self) -> list[Site]:
@@ -228,7 +269,7 @@ class Path:
         found: list[Site] = []
 
         def run(rng_key: jax.Array) -> None:
-            sites = self._run({}, None, 1.0, rng_key=rng_key)
+            sites = self.trace({}, None, 1.0, rng_key=rng_key)
             found.extend(sites)
 
         jax.eval_shape(run, jax.random.key(0))
@@ -261,7 +302,7 @@ class Path:
 
     # Running the model
 
-    def _run(
+    def trace(
         self, position: Position, x: Position | None, t: ArrayLike, rng_key: jax.Array | None = None
     ) -> list[Site]:
         """The sample sites of one run of the model, with x at its diffusions, read at level t.
@@ -284,19 +325,20 @@ class Path:
             model(*args, **kwargs)
         return [site for site in trace.values() if site["type"] == "sample"]
 
-    def _origin(self) -> Position:
+    def origin(self) -> Position:
         self._bound_arguments()
         return {name: jnp.zeros(self._shapes[name]) for name in self.diffusion_sites}
 
-    def _quadratic(self, kind: Quadratic, position: Position, t: ArrayLike) -> tuple[Position, Position]:
+    def quadratic(self, kind: Quadratic, position: Position, t: ArrayLike) -> tuple[Position, Position]:
         """Mean and precision, coordinate by coordinate, of the sum of a quadratic reading of all
         diffusion sites, as a function of x."""
 
         def total(x: Position) -> jax.Array:
-            sites = self._run(position, x, t)
-            return _total(site | {"fn": quadratic(site["fn"], kind)} for site in sites if diffusions(site["fn"]))
+            sites = self.trace(position, x, t)
+            factors = (site for site in sites if diffusions(site["fn"]))
+            return total_log_prob(site | {"fn": quadratic(site["fn"], kind)} for site in factors)
 
-        origin = self._origin()
+        origin = self.origin()
         slope = jax.grad(total)(origin)
         moved = jax.grad(total)(jax.tree.map(jnp.ones_like, origin))
         precision = jax.tree.map(lambda a, b: a - b, slope, moved)
@@ -313,6 +355,13 @@ class Path:
         return total
 
 
+def _is_reversible(fn: Any) -> bool:
+    """Whether a site is a product of diffusion models, each with a reverse kernel."""
+    while isinstance(fn, ExpandedDistribution | Independent | MaskedDistribution):
+        fn = fn.base_dist
+    return isinstance(fn, Diffusion) and all(p.is_diffusion for p in members(fn.potential))
+
+
 class _Prior:
     """The model of one potential."""
 
@@ -325,7 +374,7 @@ class _Prior:
         return numpyro.sample("x", Diffusion(self.potential))
 
 
-def _total(sites: Any) -> jax.Array:
+def total_log_prob(sites: Any) -> jax.Array:
     """Σ log p over sites, with the scales that NumPyro's handlers and plates gave them."""
     total = jnp.zeros(())
     for site in sites:

@@ -6,7 +6,8 @@ the site's place, it goes through plates, masks, scales, expansions and linear v
 the density itself does, and what arrives at x is read off by differentiation.
 
 A score-only site takes part in a density through a stand-in whose *gradient* is the score
-and whose value is zero. It is for unadjusted kernels, which never look at the value.
+and whose value is zero. It is for those who never look at that value: unadjusted kernels, and
+line integrals, which follow the gradient.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from numpy.typing import ArrayLike
 
 from lehr.potentials.base import EnergyPotential, Potential
 from lehr.programs.diffusion import Diffusion, map_diffusions
 
-__all__ = ["Quadratic", "quadratic", "unadjusted"]
+__all__ = ["Quadratic", "is_energy", "known", "quadratic", "unknown"]
 
 Quadratic = Literal["moments", "noise", "width"]
 
@@ -48,9 +50,19 @@ def quadratic(fn: Any, kind: Quadratic) -> Any:
     return map_diffusions(lambda d: _Read(d, _QUADRATICS[kind]), fn)
 
 
-def unadjusted(fn: Any) -> Any:
-    """``fn`` with scores in place of densities where only a score is known."""
-    return map_diffusions(lambda d: d if isinstance(d.potential, EnergyPotential) else _Read(d, _stand_in), fn)
+def is_energy(site: Diffusion) -> bool:
+    """Whether the site's potential has a log density."""
+    return isinstance(site.potential, EnergyPotential)
+
+
+def known(fn: Any, forget: bool) -> Any:
+    """``fn`` with the stand-in where only a score is known; with ``forget`` everywhere."""
+    return map_diffusions(lambda d: d if is_energy(d) and not forget else _Read(d, _stand_in), fn)
+
+
+def unknown(fn: Any, forget: bool) -> Any:
+    """The rest: the stand-in where :func:`known` has it, and nothing elsewhere."""
+    return map_diffusions(lambda d: _Read(d, _nothing if is_energy(d) and not forget else _stand_in), fn)
 
 
 def _moments(p: Potential, x: jax.Array, t: jax.Array) -> jax.Array:
@@ -73,13 +85,30 @@ _QUADRATICS: dict[str, Callable[[Potential, jax.Array, jax.Array], jax.Array]] =
 }
 
 
+def _nothing(p: Potential, x: jax.Array, t: jax.Array) -> jax.Array:
+    return jnp.zeros(())
+
+
 @jax.custom_jvp
 def _stand_in(p: Potential, x: jax.Array, t: jax.Array) -> jax.Array:
     """Zero, with the score as its gradient; only for those who never ask its value."""
     return jnp.zeros(())
 
 
-@_stand_in.defjvp
-def _(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+def _stand_in_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
     p, x, t = primals  # arguments, not closed over: the rule outlives the trace in which it was made
-    return _stand_in(p, x, t), jnp.vdot(p.score(x, t), tangents[1])
+    if any(not isinstance(d, SymbolicZero) for d in jax.tree.leaves((tangents[0], tangents[2]), is_leaf=_is_zero)):
+        raise TypeError(
+            "a Diffusion that is known through its score only has parameters (a weight, an exponent, a network's "
+            "input) that depend on another latent site. Its density as a function of them is not known: a score is a "
+            "gradient in x alone. Give an energy, or fix the parameter."
+        )
+    dx = jnp.zeros_like(x) if isinstance(tangents[1], SymbolicZero) else tangents[1]
+    return _stand_in(p, x, t), jnp.vdot(p.score(x, t), dx)
+
+
+def _is_zero(leaf: Any) -> bool:
+    return isinstance(leaf, SymbolicZero)
+
+
+_stand_in.defjvp(_stand_in_jvp, symbolic_zeros=True)

@@ -1,0 +1,99 @@
+r"""How far chains step: a scale for each coordinate, and one number for all.
+
+The step in coordinate i is ε = c · scale_i, with scale_i = min(width_i(t), spread_i): the width
+is the path's own scale at the level, √(α² s² + σ²); the spread is half the distance between the
+16 % and 84 % quantiles over the chains, which is what ordinary latents go by, and what a sharp
+likelihood makes smaller than the width. c is pooled over chains, carried from level to level, and
+follows the mean acceptance by Robbins-Monro, log c += γ_n (acceptance − target), γ_n = n^{−.6}.
+One transition in eight takes a quarter of the step, so that a chain where the density is steeper
+than elsewhere can still move; tuning and the reported acceptance average over both.
+
+Both are found by a pilot pass of few chains over the whole ladder, and then frozen: a
+:class:`Tuning`. The chains that count adapt to nothing, least of all to themselves.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from numpy.typing import ArrayLike
+
+__all__ = ["SHORT_SHARE", "SHORT_STEP", "Tuning", "gain", "smooth", "squared_scale"]
+
+PRIOR_CHAINS = 5.0  # how many chains' worth the prior spread counts in the pooled one
+GAIN_DECAY = 0.6
+SHORT_SHARE, SHORT_STEP = 0.125, 0.25  # which share of transitions take which share of the step
+ONE_SIGMA = (0.1587, 0.8413)  # the quantiles at ±1σ of a Gaussian
+
+
+class Tuning(NamedTuple):
+    """Steps for each level: fixed, wherever they come from.
+
+    ``lehr.Tuning(0.03)`` is one absolute step for all coordinates and levels; a run's ``tuning`` is
+    what its pilot found, and may be given to another.
+
+    Attributes:
+        step_size: ε in units of the scale, a scalar or (K,).
+        scale: of each coordinate, a scalar, (K, 1), or (K, D) in the order of ``ravel_pytree``.
+        short_share: which share of transitions takes a quarter of the step.
+    """
+
+    step_size: ArrayLike
+    scale: ArrayLike = 1.0
+    short_share: ArrayLike = 0.0
+
+    def on(self, num_levels: int, dimension: int) -> Tuning:
+        """The same as arrays of shapes (K,) and (K, D).
+
+        Raises:
+            ValueError: if they do not fit, or are not positive and finite.
+        """
+        try:
+            step_size = np.broadcast_to(np.asarray(self.step_size, np.float32), (num_levels,))
+            scale = np.broadcast_to(np.asarray(self.scale, np.float32), (num_levels, dimension))
+        except ValueError:
+            raise ValueError(
+                f"a Tuning for {num_levels} levels and {dimension} coordinates needs a step_size of shape () or "
+                f"({num_levels},) and a scale of shape (), ({num_levels}, 1) or ({num_levels}, {dimension}); got "
+                f"{np.shape(self.step_size)} and {np.shape(self.scale)}."
+            ) from None
+        for name, value in (("step_size", step_size), ("scale", scale)):
+            if not np.all(np.isfinite(value) & (value > 0)):
+                raise ValueError(f"the {name} of a Tuning must be positive and finite.")
+        return Tuning(jnp.asarray(step_size), jnp.asarray(scale), jnp.asarray(self.short_share, float))
+
+
+def gain(i: jax.Array, num_warmup: int) -> jax.Array:
+    """γ of the i-th transition: zero once the warm-up is over."""
+    return jnp.where(i < num_warmup, (i + 1.0) ** -GAIN_DECAY, 0.0)
+
+
+def squared_scale(position: Any, widths: Any, prior_variance: Any) -> jax.Array:
+    """The inverse mass of each coordinate, flat (D,): the lesser of width² and pooled variance.
+
+    Args:
+        position: of all chains, leaves (N, ...).
+        widths: of one chain; infinite where there is none.
+        prior_variance: of the start; what a coordinate without a width shrinks towards.
+    """
+
+    def one(q: jax.Array, width: jax.Array, prior: jax.Array) -> jax.Array:
+        n = q.shape[0]
+        low, high = jnp.quantile(q, jnp.array(ONE_SIGMA), axis=0)
+        pooled = ((high - low) / 2) ** 2
+        cap = jnp.where(jnp.isfinite(width), width**2, prior + 1e-12)
+        shrunk = (n * pooled + PRIOR_CHAINS * cap) / (n + PRIOR_CHAINS)
+        return jnp.where(jnp.isfinite(shrunk), jnp.minimum(shrunk, width**2), cap)
+
+    return ravel_pytree(jax.tree.map(one, position, widths, prior_variance))[0]
+
+
+def smooth(log_step: jax.Array, over: int = 5) -> jax.Array:
+    """The running median of a pilot's log step sizes over neighbouring levels: they vary slowly."""
+    padded = jnp.pad(log_step, over // 2, mode="edge")
+    windows = jnp.stack([padded[i : i + log_step.size] for i in range(over)])
+    return jnp.median(windows, 0)

@@ -1,0 +1,79 @@
+r"""How particles are weighed on entering a level, and when they are resampled.
+
+The extended target is π_t(x, θ) f(x' | x), with f the forward kernel as backward kernel, so a
+particle that a proposal K took from x' to x gains
+
+    energies   log π_t(x, θ) − log π_t'(x', θ) + log f(x' | x) − log K(x | x')
+    path       log Π_i (r_i/f)^{w_i} + log f − log K + log L_t(x, θ) − log L_t'(x', θ)
+
+or, left where it is, log π_t(x) − log π_t'(x). Both are had where both are asked for, and their
+difference, averaged over the particles, is the *gap*: zero if energies are calibrated and steps
+short. Before the first level x' is a draw from the start, whose density stands for π_t'.
+
+log Z accumulates log Σ W w at each entry, with W the normalised weights before it.
+
+References:
+    Del Moral, Doucet & Jasra, Sequential Monte Carlo samplers, JRSS B 2006.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from blackjax.smc.resampling import systematic
+
+__all__ = ["WEIGHTS", "Particles", "Weights", "weigh"]
+
+Weights = Literal["energy", "path", "both"]
+WEIGHTS: tuple[str, ...] = get_args(Weights)
+
+
+class Particles(NamedTuple):
+    """Chains with weights.
+
+    Attributes:
+        chains: kernel states, stacked.
+        log_weights: normalised, Σ exp = 1.
+        log_evidence: log Z so far.
+        ancestors: which starting point each descends from.
+    """
+
+    chains: Any
+    log_weights: jax.Array
+    log_evidence: jax.Array
+    ancestors: jax.Array
+
+
+def weigh(
+    particles: Particles, increment: jax.Array, rng_key: jax.Array, threshold: jax.Array
+) -> tuple[Particles, jax.Array, jax.Array]:
+    """Weigh, account for the evidence, and resample where the weights have become too uneven.
+
+    Args:
+        particles: before.
+        increment: what each log weight gains, (N,); NaN counts as no weight.
+        rng_key: for resampling.
+        threshold: resample where ESS < threshold · N.
+
+    Returns:
+        The particles, the effective sample size before resampling, and whether they were resampled.
+    """
+    n = particles.log_weights.shape[0]
+    weights = particles.log_weights + increment
+    weights = jnp.where(jnp.isnan(weights), -jnp.inf, weights)  # who once had no weight gets none back
+    gain = jax.nn.logsumexp(weights)
+    alive = jnp.isfinite(gain)
+    weights = jnp.where(alive, weights - gain, -jnp.log(n))
+    ess = jnp.exp(-jax.nn.logsumexp(2 * weights))
+    resample = ess < threshold * n
+
+    def again() -> tuple[Any, jax.Array, jax.Array]:
+        chosen = systematic(rng_key, jnp.exp(weights), n)
+        chains, ancestors = jax.tree.map(lambda leaf: leaf[chosen], (particles.chains, particles.ancestors))
+        return chains, ancestors, jnp.full(n, -jnp.log(n))
+
+    chains, ancestors, weights = jax.lax.cond(resample, again, lambda: (particles.chains, particles.ancestors, weights))
+    particles = Particles(chains, weights, particles.log_evidence + gain, ancestors)
+    return particles, jnp.where(alive, ess, 0.0), resample
