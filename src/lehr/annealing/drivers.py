@@ -18,14 +18,15 @@ import contextlib
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lehr.annealing.ladder import Ladder, check_count, ladder_for
-from lehr.annealing.loop import Anneal, Plan, anneal
+from lehr.annealing.entry import Plan
+from lehr.annealing.ladder import Ladder, check_count, clean_end
+from lehr.annealing.loop import Anneal, anneal
 from lehr.annealing.predictors import Ancestral, Predictor, as_predictor
 from lehr.annealing.progress import progress_bar
 from lehr.annealing.run import Run, record
@@ -33,16 +34,34 @@ from lehr.annealing.tuning import SHORT_SHARE, Tuning, smooth
 from lehr.annealing.weights import WEIGHTS, Weights
 from lehr.kernels import HMC, Kernel
 from lehr.potentials.base import Potential
-from lehr.programs.closure import close
+from lehr.programs.closure import Constants, Structure, close
 from lehr.programs.path import Path
 from lehr.programs.reverse import Level
 
-__all__ = ["AnnealedMCMC", "AnnealedSMC", "Reverse"]
+__all__ = ["AnnealedMCMC", "AnnealedSMC", "Program", "Reverse", "as_key"]
 
 NUM_STARTS = 32  # where there are ordinary latents, each chain chooses its start from as many draws
 PILOT_CHAINS = 64
 PILOT_WARMUP = 3  # tuned transitions of a pilot chain at each level
 _compiled = jax.jit(anneal, static_argnames=("structure", "plan"))
+
+
+class Program(NamedTuple):
+    """A path made ready for the loop.
+
+    Attributes:
+        path: bound, and ending at ``t_min``.
+        plan: what is static.
+        structure: the path's functions.
+        constants: its data.
+        t_min: the last level.
+    """
+
+    path: Path
+    plan: Plan
+    structure: Structure
+    constants: Constants
+    t_min: float
 
 
 class _Driver:
@@ -84,9 +103,29 @@ class _Driver:
         self.ladder = ladder
         self.num_steps, self.num_warmup, self.num_chains = num_steps, num_warmup, num_chains
         self.pilot, self.tuning = pilot, tuning
-        self.predictor = as_predictor(predictor)
+        self.predictor = predictor if predictor == "auto" else as_predictor(predictor)
         self.progress = progress
         self._run: Run | None = None
+
+    def prepare(self, path: Path, t_min: float | None = None) -> Program:
+        """What is known of a run before it is compiled.
+
+        Args:
+            path: bound to its data.
+            t_min: where a ladder ends that is yet to be made.
+
+        Raises:
+            ValueError, TypeError: as :meth:`run`.
+        """
+        kernel, weights = self._kernel(path), self._weights(path)
+        path = self._checked(path, kernel, weights)
+        ladder = self.ladder if isinstance(self.ladder, Ladder) else None
+        if t_min is None:
+            t_min = float(ladder.times[-1]) if ladder else clean_end(path.schedule, _finest(path))
+        path = path.ending_at(t_min)
+        plan = self._plan(path, kernel, weights)
+        structure, constants = close(path, *_functions(path, plan))
+        return Program(path, plan, structure, constants, t_min)
 
     def run(self, rng_key: jax.Array, *args: Any, **kwargs: Any) -> Run:
         """Sample; the result is also kept, for the other methods.
@@ -102,14 +141,14 @@ class _Driver:
             TypeError: if a factor is a score and the kernel or the weights need an energy, or the
                 other way round.
         """
-        rng_key = _as_key(rng_key)
+        rng_key = as_key(rng_key)
         path = self.path if self.path.is_bound and not (args or kwargs) else self.path(*args, **kwargs)
-        kernel, weights = self._kernel(path), self._weights(path)
-        path = self._checked(path, kernel, weights)
-        ladder = self._ladder(path)
-        path = path.ending_at(ladder.times[-1])
-        plan = self._plan(path, kernel, weights)
-        structure, constants = close(path, *_functions(path, plan))
+        program = self.prepare(path)
+        path, plan, structure, constants, t_min = program
+        kernel = plan.kernel
+        ladder = self.ladder
+        if not isinstance(ladder, Ladder):
+            ladder = Ladder.log_snr(path.schedule, ladder, t_min=t_min)
         dimension = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(path.init, rng_key)))
         given = Tuning(kernel.initial_step_size(dimension), 1.0, SHORT_SHARE) if self.tuning is None else self.tuning
         tuning = given.on(len(ladder), dimension)
@@ -128,7 +167,10 @@ class _Driver:
             key_pilot, rng_key = jax.random.split(rng_key)
             trial = _compiled(structure=structure, plan=rehearsal, tuning=tuning, rng_key=key_pilot, **traced)
             tuning = tuning._replace(
-                step_size=jnp.exp(smooth(jnp.log(trial.levels.step_size))), scale=trial.levels.inverse_mass**0.5
+                step_size=jnp.exp(smooth(jnp.log(trial.levels.step_size))),
+                scale=trial.levels.inverse_mass**0.5,
+                curvature=jnp.exp(jax.vmap(smooth, 1, 1)(jnp.log(trial.levels.curvature))),
+                moves=trial.levels.moves,
             )
             plan = plan._replace(is_tuned=True)
         with progress_bar(type(self).__name__, len(ladder)) if self.progress else contextlib.nullcontext():
@@ -195,22 +237,15 @@ class _Driver:
             path.refuse_scores(f"{type(kernel).__name__}'s Metropolis test")
         return path
 
-    def _ladder(self, path: Path) -> Ladder:
-        if isinstance(self.ladder, Ladder):
-            return self.ladder
-        position = path.init(jax.random.key(0))
-
-        def finest(t: jax.Array) -> float:
-            widths = path.widths(position, t)
-            return min(float(jnp.min(widths[name])) for name in path.diffusion_sites)
-
-        return ladder_for(path.schedule, finest, self.ladder)
-
     def _plan(self, path: Path, kernel: Kernel, weights: Weights | None) -> Plan:
         tunes = _can_tune(path, kernel)
+        chooses = self.predictor == "auto"
+        pilots = self.tuning is not None or (self.pilot > 0 and tunes)
+        predictor = (Ancestral() if pilots else None) if chooses else as_predictor(self.predictor)
         return Plan(
             kernel=kernel,
-            predictor=self.predictor,
+            predictor=None if weights in ("path", "both") else predictor,
+            chooses=chooses,
             weights=weights,
             num_chains=self.num_chains,
             num_starts=1 if weights or path.score_sites or not path.latent_sites else NUM_STARTS,
@@ -311,8 +346,9 @@ class AnnealedSMC(_Driver):
             which scores are enough; ``"both"`` weighs by energies and reports the gap between the
             two, which a badly calibrated energy opens. By default ``"path"`` if a factor is a
             score and ``"energy"`` otherwise.
-        predictor: with energy weights, how particles move to the next level: ``None`` or ``"ancestral"``,
-            whose proposal the weights account for. Path weights have their own proposal.
+        predictor: with energy weights, how particles move to the next level: ``"ancestral"``, by a
+            proposal that the weights account for; ``None``, they stay; ``"auto"``, whichever the pilot
+            found better at each level, and ``None`` without a pilot. Path weights have their own proposal.
         pilot: as for :class:`AnnealedMCMC`, and so ``tuning``.
         tuning: steps that are known beforehand.
         progress: show a progress bar, where there is a terminal.
@@ -338,7 +374,7 @@ class AnnealedSMC(_Driver):
         *,
         threshold: float = 0.5,
         weights: Weights | None = None,
-        predictor: str | Predictor | None = None,
+        predictor: str | Predictor | None = "auto",
         pilot: int | None = None,
         tuning: Tuning | None = None,
         progress: bool = True,
@@ -358,10 +394,11 @@ class AnnealedSMC(_Driver):
                 "leaves it biased: weights and evidence would be wrong. Use a kernel with a Metropolis test, such as "
                 "lehr.HMC or lehr.MALA, or the unadjusted kernel in lehr.AnnealedMCMC."
             )
-        if self.predictor is not None and (weights in ("path", "both") or not isinstance(self.predictor, Ancestral)):
+        chosen = self.predictor not in (None, "auto")
+        if chosen and (weights in ("path", "both") or not isinstance(self.predictor, Ancestral)):
             raise ValueError(
                 "AnnealedSMC must know the density of each move between levels. With energy weights the predictor may "
-                'be None or "ancestral"; path weights bring their own proposal, and take None.'
+                'be "ancestral", None or "auto"; path weights bring their own proposal.'
             )
         self.threshold = threshold
         self.weights = weights
@@ -386,8 +423,8 @@ class AnnealedSMC(_Driver):
                 )
         if weights != "energy":
             path.refuse_without_denoiser(f'AnnealedSMC(weights="{weights}")')
-        if weights == "path" and self.predictor is not None:
-            raise ValueError("path weights bring their own proposal between levels; leave predictor=None.")
+        if weights == "path" and isinstance(self.predictor, Ancestral):
+            raise ValueError("path weights bring their own proposal between levels; leave the predictor out.")
         return super()._checked(path, kernel, weights)
 
     def _threshold(self) -> float:
@@ -445,6 +482,17 @@ class Reverse(_Driver):
         return path
 
 
+def _finest(path: Path) -> Callable[[jax.Array], float]:
+    """The narrowest width of a path, as a function of the level."""
+    position = path.init(jax.random.key(0))
+
+    def finest(t: jax.Array) -> float:
+        widths = path.widths(position, t)
+        return min(float(jnp.min(widths[name])) for name in path.diffusion_sites)
+
+    return finest
+
+
 def _can_tune(path: Path, kernel: Kernel) -> bool:
     """Whether there is an acceptance to tune by: without log densities only a line integral has one."""
     return kernel.integrates_score or not path.score_sites
@@ -462,7 +510,7 @@ def _functions(path: Path, plan: Plan) -> list[str]:
     return needed
 
 
-def _as_key(rng_key: Any) -> jax.Array:
+def as_key(rng_key: Any) -> jax.Array:
     """A typed key, from one, from a raw ``PRNGKey``, or from an integer seed."""
     if isinstance(rng_key, int | np.integer):
         return jax.random.key(rng_key)

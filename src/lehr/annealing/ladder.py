@@ -9,6 +9,7 @@ at σ = .025 turns modes of standard deviation .030 into .039.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lehr.schedules import Schedule
+
+if TYPE_CHECKING:
+    from lehr.kernels import Kernel
+    from lehr.potentials.base import Potential
+    from lehr.programs.path import Path
 
 __all__ = ["Ladder"]
 
@@ -72,15 +78,58 @@ class Ladder:
             t_min = float(schedule.time(-2 * np.log(2e-3)))
         if not 0 <= t_min < t_max <= 1:
             raise ValueError(f"a ladder needs 0 <= t_min < t_max <= 1; got {t_min=}, {t_max=}.")
-        clean, noisy = float(schedule.log_snr(t_min)), float(schedule.log_snr(t_max))
+        clean = float(schedule.log_snr(t_min))
         if not np.isfinite(clean):
             raise ValueError(f"the log-SNR is infinite at {t_min=}; end the ladder a little above t = 0.")
         if num_levels == 1:
             return cls([t_min])
-        levels = np.linspace(noisy if noisy > PURE_NOISE else NOISIEST, clean, num_levels)
+        levels = np.linspace(noisy_end(schedule, t_max), clean, num_levels)
         times = np.array(schedule.time(levels), np.float64)
         times[-1] = t_min
         return cls(times)
+
+    @classmethod
+    def adaptive(
+        cls,
+        path: Path | Potential,
+        ess: float = 0.9,
+        *,
+        kernel: Kernel | None = None,
+        num_particles: int = 256,
+        num_steps: int = 2,
+        t_min: float | None = None,
+        t_max: float = 1.0,
+        max_levels: int = 1000,
+        rng_key: jax.Array | int = 0,
+    ) -> Ladder:
+        """As many levels as it takes: each as far from the last as a pilot's particles can follow.
+
+        A pilot of weighted particles walks down. The next level is where the conditional effective
+        sample size of their incremental weights has fallen to the share ``ess``, found by bisection in
+        log-SNR; there they are resampled and moved, and so on. Levels then stand close where the
+        density changes fast. The ladder is fixed once it is returned.
+
+        Args:
+            path: a path that is bound to its data, or a potential.
+            ess: the share, between 0 and 1; the closer to 1, the more levels.
+            kernel: how the pilot moves; by default as :class:`~lehr.AnnealedSMC` does.
+            num_particles: of the pilot.
+            num_steps: its transitions at each level, beside those that tune the step.
+            t_min: the last level; by default where the blur is a tenth of the finest feature.
+            t_max: the first level.
+            max_levels: give up beyond.
+            rng_key: the pilot's seed.
+
+        Raises:
+            ValueError: for a share outside (0, 1), or if ``max_levels`` do not suffice.
+            TypeError: if the path is unbound, or a factor has neither an energy nor a denoiser.
+
+        Reference:
+            Zhou, Johansen & Aston, Toward automatic model comparison, JCGS 2016.
+        """
+        from lehr.annealing.adaptive import adaptive_times  # the loop's parts; imported when used
+
+        return cls(adaptive_times(path, ess, kernel, num_particles, num_steps, t_min, t_max, max_levels, rng_key))
 
     def __len__(self) -> int:
         return self.times.shape[0]
@@ -89,15 +138,16 @@ class Ladder:
         return f"Ladder({len(self)} levels, t = {float(self.times[0]):.4g} … {float(self.times[-1]):.4g})"
 
 
-def ladder_for(schedule: Schedule, width: Callable[[jax.Array], float], num_levels: int) -> Ladder:
-    """A log-SNR ladder that ends where the blur is a tenth of the finest feature.
-
-    ``width(t)`` is the scale of steps at level t; at t = 0 it is the finest feature itself.
-    """
+def clean_end(schedule: Schedule, width: Callable[[jax.Array], float]) -> float:
+    """Where the blur is a tenth of the finest feature."""
     finest = width(jnp.zeros(()))
-    log_snr = -2 * np.log(FINEST_SHARE * finest)
-    t_min = max(float(schedule.time(log_snr)), 1e-5)
-    return Ladder.log_snr(schedule, num_levels, t_min=t_min)
+    return max(float(schedule.time(-2 * np.log(FINEST_SHARE * finest))), 1e-5)
+
+
+def noisy_end(schedule: Schedule, t_max: float) -> float:
+    """The log-SNR that a ladder starts at."""
+    noisy = float(schedule.log_snr(t_max))
+    return noisy if noisy > PURE_NOISE else NOISIEST
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:

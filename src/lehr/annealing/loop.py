@@ -22,54 +22,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from blackjax.smc.resampling import systematic
-from jax.flatten_util import ravel_pytree
 from numpy.typing import ArrayLike
 
-from lehr.annealing.predictors import Ancestral, Predictor
+from lehr.annealing.entry import Entry, Plan, target_at
 from lehr.annealing.progress import report
-from lehr.annealing.tuning import SHORT_STEP, Tuning, gain, squared_scale
-from lehr.annealing.weights import Particles, Weights, weigh
-from lehr.kernels.base import Kernel, LogDensity, Stats, Step
+from lehr.annealing.tuning import SHORT_STEP, Tuning, curvature, gain, squared_scale
+from lehr.annealing.weights import Particles, weigh
+from lehr.kernels.base import LogDensity, Stats, Step
 from lehr.kernels.line_integral import PartlyKnown, closed_loop
 from lehr.programs.closure import Constants, Structure
 from lehr.programs.path import Position
-from lehr.programs.reverse import Level, ReverseStep, log_forward
+from lehr.programs.reverse import Level
 
-__all__ = ["Anneal", "Draws", "LevelStats", "Plan", "anneal"]
+__all__ = ["Anneal", "Draws", "LevelStats", "Mover", "anneal", "per_chain", "starter"]
 
 LOOPS = 32  # chains at which the score is integrated round a closed loop
-
-
-class Plan(NamedTuple):
-    """What is static about a run: together with the structure, it decides what is compiled.
-
-    Attributes:
-        kernel: how chains move at a level.
-        predictor: how they move to the next; None where they stay, or follow the path's weights.
-        weights: how they are weighed; None for independent chains.
-        num_chains: N.
-        num_starts: draws that each chain chooses its start from; 1 for weighted chains.
-        num_warmup: tuned transitions at each level.
-        num_steps: transitions at each level that count.
-        num_draws: draws kept of each chain after the last level; a weighted run keeps its final points.
-        thinning: transitions for each kept one.
-        is_tuned: whether steps are given, level by level, rather than found.
-        counts_noise: whether predictors know that a product counts the noise more than once.
-        progress: whether levels are reported as they finish.
-    """
-
-    kernel: Kernel
-    predictor: Predictor | None
-    weights: Weights | None
-    num_chains: int
-    num_starts: int
-    num_warmup: int
-    num_steps: int
-    num_draws: int
-    thinning: int
-    is_tuned: bool
-    counts_noise: bool
-    progress: bool
 
 
 class LevelStats(NamedTuple):
@@ -87,6 +54,8 @@ class LevelStats(NamedTuple):
     gap: jax.Array
     loop_integral: jax.Array
     inverse_mass: jax.Array
+    curvature: jax.Array
+    moves: jax.Array
 
 
 class Draws(NamedTuple):
@@ -112,6 +81,7 @@ class Anneal(NamedTuple):
 class _Carry(NamedTuple):
     particles: Particles
     log_step: jax.Array
+    curvature: jax.Array
 
 
 def anneal(
@@ -138,12 +108,12 @@ def anneal(
     """
     n = plan.num_chains
     key_start, key_levels, key_draws, key_final = (jax.random.fold_in(rng_key, i) for i in range(4))
-    start, log_start = jax.vmap(_starter(structure, plan, constants, times[0]))(_per_chain(key_start, n))
+    start, log_start = jax.vmap(starter(structure, plan, constants, times[0]))(per_chain(key_start, n))
     prior_variance = jax.tree.map(lambda q: jnp.var(q, 0), start)
     log_steps, inverse_masses = jnp.log(jnp.asarray(tuning.step_size)), jnp.asarray(tuning.scale) ** 2
 
     def target(t: jax.Array) -> LogDensity:
-        return _target(structure, constants, t)
+        return target_at(structure, constants, t)
 
     def scale(chains: Any, k: jax.Array, t: jax.Array) -> jax.Array:
         if plan.is_tuned:
@@ -152,18 +122,21 @@ def anneal(
         return squared_scale(chains.position, widths, prior_variance)
 
     nowhere = PartlyKnown(*[lambda _: jnp.zeros(())] * 2)
-    chains = jax.vmap(lambda key, q: plan.kernel.init(key, q, nowhere))(_per_chain(key_start, n), start)
+    chains = jax.vmap(lambda key, q: plan.kernel.init(key, q, nowhere))(per_chain(key_start, n), start)
     chains = chains._replace(logdensity=log_start)  # what the first weight compares with
     particles = Particles(chains, jnp.full(n, -jnp.log(n)), jnp.zeros(()), jnp.arange(n))
-    mover = _Mover(plan, tuning.short_share)
+    enter = Entry(structure, plan, constants, times, levels)
+    mover = Mover(plan, tuning.short_share)
 
     def level(carry: _Carry, k: jax.Array) -> tuple[_Carry, LevelStats]:
         t = times[k]
         keys = [jax.random.fold_in(jax.random.fold_in(key_levels, k), i) for i in range(4)]
-        particles, log_step = carry
+        particles, log_step, bend = carry
         if plan.is_tuned:
             log_step = log_steps[k]
-        chains, increment, gap = _enter(structure, plan, constants, times, levels, k, particles.chains, keys[2])
+        bend = tuning.curvature[k - 1] if plan.is_tuned else bend
+        entered = enter(k, particles, bend, tuning.moves[k] if plan.is_tuned else None, keys[2])
+        chains, increment, gap, moves = entered
         nonfinite = jnp.sum(~jnp.isfinite(chains.logdensity))
         particles = particles._replace(chains=chains)
         resampled, ess = jnp.zeros((), bool), jnp.asarray(float(n))
@@ -176,6 +149,7 @@ def anneal(
         chains, log_step, moved = mover(
             keys[1], particles.chains, target(t), log_step, inverse_mass, plan.num_warmup, plan.num_steps
         )
+        bend = curvature(jax.vmap(plan.kernel.gradient)(chains))
         loops = _loops(structure, constants, chains, inverse_mass, t, keys[3])
         acceptance = jnp.mean(moved.acceptance_rate)
         if plan.progress:
@@ -183,10 +157,12 @@ def anneal(
         stats = LevelStats(
             acceptance, jnp.exp(log_step), ess, particles.log_evidence, resampled, survivors,
             jnp.sum(moved.is_divergent), nonfinite, jnp.mean(moved.evaluations), gap, loops, inverse_mass,
+            bend, moves,
         )  # fmt: skip
-        return _Carry(particles._replace(chains=chains), log_step), stats
+        return _Carry(particles._replace(chains=chains), log_step, bend), stats
 
-    (particles, log_step), stats = jax.lax.scan(level, _Carry(particles, log_steps[0]), jnp.arange(times.shape[0]))
+    start_carry = _Carry(particles, log_steps[0], jnp.ones(inverse_masses.shape[1]))
+    (particles, log_step, _), stats = jax.lax.scan(level, start_carry, jnp.arange(times.shape[0]))
 
     if plan.weights:
         draws = _equally_weighted(particles, key_final)
@@ -211,16 +187,7 @@ def anneal(
     )  # fmt: skip
 
 
-def _target(structure: Structure, constants: Constants, t: jax.Array) -> LogDensity:
-    def known(position: Position) -> jax.Array:
-        return structure.log_density(constants, position, t)
-
-    if "unknown" not in structure:
-        return known
-    return PartlyKnown(known, lambda position: structure.unknown(constants, position, t))
-
-
-def _starter(structure: Structure, plan: Plan, constants: Constants, t: jax.Array) -> Any:
+def starter(structure: Structure, plan: Plan, constants: Constants, t: jax.Array) -> Any:
     """How one chain starts: ``start(key) -> (position, log start density)``.
 
     An ordinary latent drawn from its prior may lie where the likelihood is a cliff, and no step
@@ -240,78 +207,6 @@ def _starter(structure: Structure, plan: Plan, constants: Constants, t: jax.Arra
         return jax.tree.map(lambda leaf: leaf[chosen], drawn)
 
     return choose if plan.num_starts > 1 else draw
-
-
-def _enter(
-    structure: Structure,
-    plan: Plan,
-    constants: Constants,
-    times: jax.Array,
-    levels: Level,
-    k: jax.Array,
-    chains: Any,
-    rng_key: jax.Array,
-) -> tuple[Any, jax.Array, jax.Array]:
-    """Take all chains to level k: the chains there, what their log weights gain, and the gaps between two kinds."""
-    before = jnp.maximum(k - 1, 0)
-    t_from, t = times[before], times[k]
-    noisy, clean = (jax.tree.map(lambda leaf: leaf[i], levels) for i in (before, k))  # noqa: B023
-    is_first = k == 0
-    follows_path = plan.weights in ("path", "both")
-    has_others = "others" in structure
-
-    def split(position: Position) -> tuple[jax.Array, Any]:
-        x = {name: position[name] for name in structure.diffusion_sites}
-        flat, unravel = ravel_pytree(x)
-        return flat, lambda to: position | unravel(to)
-
-    def others(position: Position, t: jax.Array) -> jax.Array:
-        return structure.others(constants, position, t) if has_others else jnp.zeros(())
-
-    def propose(chain: Any, key: jax.Array) -> tuple[Position, jax.Array, jax.Array]:
-        """x, with log f − log K and log Π (r_i/f)^{w_i} + log f − log K."""
-        x_noisy, put = split(chain.position)
-        gradient = plan.kernel.gradient(chain)
-        none = jnp.zeros(())
-        if follows_path:
-            step: ReverseStep = structure.reverse_step(constants, chain.position, gradient, t_from, t)
-            x, log_path, log_proposal = step.draw(key)
-            return put(x), log_forward(x, x_noisy, noisy, clean) - log_proposal, log_path
-        slope, _ = split(gradient)
-        copies, _ = split({**chain.position, **structure.copies(constants, chain.position, t_from)})
-        copies = copies if plan.counts_noise else jnp.ones_like(copies)
-        if plan.weights and isinstance(plan.predictor, Ancestral):
-            mean, std = plan.predictor.kernel(x_noisy, slope, copies, noisy, clean)
-            noise = jax.random.normal(key, mean.shape)
-            x = mean + std * noise
-            log_proposal = jnp.sum(jax.scipy.stats.norm.logpdf(noise) - jnp.log(std))
-            return put(x), log_forward(x, x_noisy, noisy, clean) - log_proposal, none
-        assert plan.predictor is not None
-
-        def gradient_at(x: jax.Array, is_clean: bool) -> jax.Array:
-            there = t if is_clean else t_from
-            return split(jax.grad(lambda q: structure.log_density(constants, q, there))(put(x)))[0]
-
-        return put(plan.predictor.move(key, x_noisy, slope, copies, noisy, clean, gradient_at)), none, none
-
-    def enter(chain: Any, key: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
-        position, proposal, path = chain.position, jnp.zeros(()), jnp.zeros(())
-        if follows_path or plan.predictor is not None:
-            stay = lambda: (position, proposal, path)  # noqa: E731
-            position, proposal, path = jax.lax.cond(is_first, stay, lambda: propose(chain, key))
-        fresh = plan.kernel.refresh(chain._replace(position=position), _target(structure, constants, t))
-        by_energy = fresh.logdensity - chain.logdensity + proposal
-        if not follows_path:
-            return fresh, by_energy, jnp.zeros(())
-        by_path = jax.lax.cond(
-            is_first,
-            lambda: structure.start_density(constants, position, t) - chain.logdensity,
-            lambda: path + others(position, t) - others(chain.position, t_from),
-        )
-        gap = jnp.where(is_first, 0.0, by_energy - by_path)
-        return fresh, by_energy if plan.weights == "both" else by_path, gap
-
-    return jax.vmap(enter)(chains, _per_chain(rng_key, plan.num_chains))
 
 
 def _equally_weighted(particles: Particles, rng_key: jax.Array) -> Draws:
@@ -339,10 +234,10 @@ def _loops(
     count = jax.tree.leaves(positions)[0].shape[0]
     unknown = lambda q: structure.unknown(constants, q, t)  # noqa: E731
     loop = jax.vmap(lambda q, key: closed_loop(unknown, q, jnp.sqrt(inverse_mass), key))
-    return jnp.sqrt(jnp.mean(loop(positions, _per_chain(rng_key, count)) ** 2))
+    return jnp.sqrt(jnp.mean(loop(positions, per_chain(rng_key, count)) ** 2))
 
 
-class _Mover:
+class Mover:
     """How all chains move at one level.
 
     ``move(key, chains, target, log_step, inverse_mass, num_warmup, num_steps)`` returns the chains, the
@@ -377,7 +272,7 @@ class _Mover:
 
         def one(state: tuple[Any, jax.Array, Stats], i: jax.Array) -> tuple[tuple[Any, jax.Array, Stats], None]:
             chains, log_step, sums = state
-            keys = _per_chain(jax.random.fold_in(rng_key, i), n)
+            keys = per_chain(jax.random.fold_in(rng_key, i), n)
             chains, stats = jax.vmap(transition, (0, 0, None))(keys, chains, log_step)
             error = jnp.mean(stats.acceptance_rate) - self.plan.kernel.target_acceptance
             counts = i >= num_warmup
@@ -392,5 +287,6 @@ class _Mover:
         return chains, log_step, sums._replace(acceptance_rate=sums.acceptance_rate / max(num_steps, 1))
 
 
-def _per_chain(rng_key: jax.Array, n: int) -> jax.Array:
+def per_chain(rng_key: jax.Array, n: int) -> jax.Array:
+    """One key for each chain."""
     return jax.vmap(lambda i: jax.random.fold_in(rng_key, i))(jnp.arange(n))

@@ -98,6 +98,32 @@ class Ancestral(Predictor):
         forward = clean.alpha / noisy.alpha * ratio * x
         return (copies * mean + (1 - copies) * forward) / safe, clean.sigma * jnp.sqrt(delta / safe)
 
+    def informed(
+        self,
+        x: jax.Array,
+        gradient: jax.Array,
+        copies: jax.Array,
+        noisy: Level,
+        clean: Level,
+        curvature: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The same, given H', the mean curvature of −log π_t', shape (D,).
+
+        K(x) ∝ π_t(x) f(x' | x) has the precision H + a²/b², with b² = σ'² δ. W diffusion models of data
+        with variance s² bend by W/(α² s² + σ²), which gives s² from H', and H from s². They never bend by
+        more than W/σ'²; where H' is twice that, a likelihood dominates. Its curvature stays what it
+        is in units of the data, and the mean is that of a Gaussian of curvature H.
+        """
+        mean, _ = self.kernel(x, gradient, copies, noisy, clean)
+        counted = _safe(copies)
+        a, b2 = noisy.alpha / clean.alpha, noisy.sigma**2 * lost_share(noisy, clean)
+        variance = jnp.maximum(counted / curvature - noisy.sigma**2, 0.0) / noisy.alpha**2
+        bend = counted / (clean.alpha**2 * variance + clean.sigma**2)
+        stiff = curvature > 2 * counted / noisy.sigma**2
+        precision = jnp.where(stiff, curvature * a**2, bend) + a**2 / b2
+        newton = (curvature * a * (x + gradient / curvature) + a * x / b2) / precision
+        return jnp.where(stiff, newton, mean), precision**-0.5
+
 
 @dataclass(frozen=True)
 class DDIM(Predictor):

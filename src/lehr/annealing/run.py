@@ -23,8 +23,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from lehr.annealing.entry import Plan
 from lehr.annealing.ladder import Ladder
-from lehr.annealing.loop import LOOPS, Anneal, Plan
+from lehr.annealing.loop import LOOPS, Anneal
 from lehr.annealing.tuning import SHORT_SHARE, Tuning
 from lehr.programs.path import Path
 from lehr.programs.reverse import evaluations
@@ -187,7 +188,13 @@ def record(
         attrs=attrs,
         _log_evidence=float(host.log_evidence) if plan.weights else None,
         _log_evidence_se=_evidence_error(host) if plan.weights else None,
-        tuning=Tuning(host.levels.step_size, host.levels.inverse_mass**0.5, SHORT_SHARE),
+        tuning=Tuning(
+            host.levels.step_size,
+            host.levels.inverse_mass**0.5,
+            SHORT_SHARE,
+            host.levels.curvature,
+            host.levels.moves,
+        ),
     )
 
 
@@ -203,6 +210,7 @@ def _evaluations(path: Path, plan: Plan, result: Anneal, trial: Anneal | None) -
     made = float(np.sum(result.draws.stats.evaluations))
     made += plan.num_chains * (float(np.sum(result.levels.evaluations)) + k * between + starts)
     if trial is not None:
+        made += trial.ancestors.size * k * (1 if plan.chooses and plan.predictor is not None else 0)
         made += trial.ancestors.size * (float(np.sum(trial.levels.evaluations)) + k * between)
     if path.score_sites:
         made += 15 * LOOPS * k

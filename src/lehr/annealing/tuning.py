@@ -20,13 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from numpy.typing import ArrayLike
 
-__all__ = ["SHORT_SHARE", "SHORT_STEP", "Tuning", "gain", "smooth", "squared_scale"]
+__all__ = ["SHORT_SHARE", "SHORT_STEP", "Tuning", "curvature", "gain", "smooth", "squared_scale"]
 
 PRIOR_CHAINS = 5.0  # how many chains' worth the prior spread counts in the pooled one
 GAIN_DECAY = 0.6
 SHORT_SHARE, SHORT_STEP = 0.125, 0.25  # which share of transitions take which share of the step
+LOG_VARIANCE_NOISE = 3.1  # n times the variance of the log of a variance, had from two quantiles of n Gaussians
 ONE_SIGMA = (0.1587, 0.8413)  # the quantiles at ±1σ of a Gaussian
 
 
@@ -40,11 +40,15 @@ class Tuning(NamedTuple):
         step_size: ε in units of the scale, a scalar or (K,).
         scale: of each coordinate, a scalar, (K, 1), or (K, D) in the order of ``ravel_pytree``.
         short_share: which share of transitions takes a quarter of the step.
+        curvature: of −log π, averaged, a scalar or (K, D), for the proposals of weighted chains.
+        moves: to which levels weighted chains move, and do not stay where they are: a bool or (K,).
     """
 
-    step_size: ArrayLike
-    scale: ArrayLike = 1.0
-    short_share: ArrayLike = 0.0
+    step_size: Any
+    scale: Any = 1.0
+    short_share: Any = 0.0
+    curvature: Any = 1.0
+    moves: Any = True
 
     def on(self, num_levels: int, dimension: int) -> Tuning:
         """The same as arrays of shapes (K,) and (K, D).
@@ -64,7 +68,9 @@ class Tuning(NamedTuple):
         for name, value in (("step_size", step_size), ("scale", scale)):
             if not np.all(np.isfinite(value) & (value > 0)):
                 raise ValueError(f"the {name} of a Tuning must be positive and finite.")
-        return Tuning(jnp.asarray(step_size), jnp.asarray(scale), jnp.asarray(self.short_share, float))
+        curvature = np.broadcast_to(np.asarray(self.curvature, np.float32), (num_levels, dimension))
+        moves = np.broadcast_to(np.asarray(self.moves, bool), (num_levels,))
+        return Tuning(*(jnp.asarray(c) for c in (step_size, scale, np.float32(self.short_share), curvature, moves)))
 
 
 def gain(i: jax.Array, num_warmup: int) -> jax.Array:
@@ -90,6 +96,24 @@ def squared_scale(position: Any, widths: Any, prior_variance: Any) -> jax.Array:
         return jnp.where(jnp.isfinite(shrunk), jnp.minimum(shrunk, width**2), cap)
 
     return ravel_pytree(jax.tree.map(one, position, widths, prior_variance))[0]
+
+
+def curvature(gradient: Any) -> jax.Array:
+    """E[(∂_i log π)²] = −E[∂_i² log π], flat (D,), from the gradients at all chains, leaves (N, ...).
+
+    By quantiles, as spreads are: a few chains far away count little. Where coordinates differ by no
+    more than so few chains let expect, they get their common value.
+    """
+
+    def one(g: jax.Array) -> jax.Array:
+        low, high = jnp.quantile(g, jnp.array(ONE_SIGMA), axis=0)
+        logs = 2 * jnp.log(jnp.maximum((high - low) / 2, 1e-12))
+        noise = LOG_VARIANCE_NOISE / g.shape[0]
+        common = jnp.mean(logs)
+        differ = jnp.maximum(jnp.mean((logs - common) ** 2) - noise, 0.0)
+        return jnp.exp(common + (logs - common) * differ / (differ + noise))
+
+    return ravel_pytree(jax.tree.map(one, gradient))[0]
 
 
 def smooth(log_step: jax.Array, over: int = 5) -> jax.Array:

@@ -47,7 +47,8 @@ class Barker(TunedKernel):
         def step(
             rng_key: jax.Array, state: Any, logdensity_fn: LogDensity, step_size: jax.Array, inverse_mass: jax.Array
         ) -> tuple[Any, Stats]:
-            state, info = kernel(rng_key, state, logdensity_fn, step_size, inverse_mass)
+            precision = 1 / inverse_mass  # whose inverse root BlackJAX's Barker, unlike its HMC, steps by
+            state, info = kernel(rng_key, state, logdensity_fn, step_size, precision)
             lost = ~jnp.isfinite(info.proposal.logdensity)  # rejected, with an acceptance of NaN
             return state, Stats(jnp.where(lost, 0.0, jnp.nan_to_num(info.acceptance_rate)), lost)
 

@@ -1,0 +1,134 @@
+r"""Levels where a pilot's particles can follow: the times of :meth:`lehr.Ladder.adaptive`.
+
+From level t' the next one, t, is the farthest at which (Σ W w)²/Σ W w² ≥ ess, with W the
+normalised weights and w(t) the incremental ones, found by bisection in log-SNR under common random
+numbers. Path weights of a lone score are 1 however far the step, though their reverse kernels
+are approximations; a step of their ladder is at most :data:`LONGEST` in log-SNR.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lehr.annealing.drivers import AnnealedSMC, as_key
+from lehr.annealing.entry import Entry, conditional_ess, target_at
+from lehr.annealing.ladder import check_count, noisy_end
+from lehr.annealing.loop import Mover, per_chain, starter
+from lehr.annealing.tuning import SHORT_SHARE, curvature, squared_scale
+from lehr.annealing.weights import Particles, weigh
+from lehr.kernels import Kernel
+from lehr.kernels.line_integral import PartlyKnown
+from lehr.programs.reverse import Level
+
+__all__ = ["adaptive_times"]
+
+LONGEST = 0.5
+BISECTIONS = 9
+WARMUP = 3
+
+
+def adaptive_times(
+    path: Any,
+    ess: float,
+    kernel: Kernel | None,
+    num_particles: int,
+    num_steps: int,
+    t_min: float | None,
+    t_max: float,
+    max_levels: int,
+    rng_key: Any,
+) -> np.ndarray:
+    """The times of the levels, noisiest first; see :meth:`lehr.Ladder.adaptive`."""
+    if not 0 < ess < 1:
+        raise ValueError(f"ess is a share of the particles, between 0 and 1; got {ess!r}.")
+    check_count("max_levels", max_levels)
+    driver = AnnealedSMC(path, kernel, num_steps=num_steps, num_particles=num_particles, progress=False)
+    program = driver.prepare(driver.path, t_min)
+    path, structure, constants, plan = program.path, program.structure, program.constants, program.plan
+    plan = plan._replace(num_warmup=WARMUP)
+    walk = _Walk(structure, plan)
+    schedule = path.schedule
+    end, here = program.t_min, noisy_end(schedule, t_max)
+    finish = float(schedule.log_snr(end))
+    longest = LONGEST if plan.weights == "path" else np.inf
+    key = as_key(rng_key)
+    dimension = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(path.init, key)))
+    log_step = jnp.log(jnp.asarray(plan.kernel.initial_step_size(dimension), float))
+    times = [float(schedule.time(here))]
+
+    def rungs(*log_snr: float) -> tuple[jax.Array, Level]:
+        t = jnp.asarray([end if v == finish else float(schedule.time(v)) for v in log_snr], float)
+        return t, Level.of(schedule, t)
+
+    state = walk.begin(constants, rungs(here)[0][0], jax.random.fold_in(key, 0), log_step)
+    state = walk.settle(constants, *rungs(here, here), jnp.asarray(0), state, jax.random.fold_in(key, 0))
+    while here < finish:
+        if len(times) >= max_levels:
+            raise ValueError(
+                f"{max_levels} levels lead down to t = {times[-1]:.3g} only, of {end:.3g}: the density changes too "
+                f"fast for ess = {ess}. Ask for less, or look at the model: a likelihood may be too sharp far up."
+            )
+        key_level = jax.random.fold_in(key, len(times))
+
+        def share(there: float) -> float:
+            return float(walk.share(constants, *rungs(here, there), state, key_level))  # noqa: B023
+
+        near, far = here, min(finish, here + longest)
+        if share(far) < ess:
+            for _ in range(BISECTIONS):
+                middle = (near + far) / 2
+                near, far = (middle, far) if share(middle) >= ess else (near, middle)
+            far = max(near, here + (far - here) / 4)  # the least that is taken, whatever the share
+        state = walk.settle(constants, *rungs(here, far), jnp.asarray(1), state, key_level)
+        here = far
+        times.append(end if here == finish else float(schedule.time(here)))
+    return np.asarray(times)
+
+
+class _Walk:
+    """A pilot's steps, each compiled once."""
+
+    def __init__(self, structure: Any, plan: Any) -> None:
+        self.structure, self.plan = structure, plan
+        self.begin, self.share, self.settle = jax.jit(self._begin), jax.jit(self._share), jax.jit(self._settle)
+
+    def _begin(self, constants: Any, t: jax.Array, rng_key: jax.Array, log_step: jax.Array) -> Any:
+        n, kernel = self.plan.num_chains, self.plan.kernel
+        keys = per_chain(rng_key, n)
+        start, log_start = jax.vmap(starter(self.structure, self.plan, constants, t))(keys)
+        nowhere = PartlyKnown(*[lambda _: jnp.zeros(())] * 2)
+        chains = jax.vmap(lambda key, q: kernel.init(key, q, nowhere))(keys, start)._replace(logdensity=log_start)
+        particles = Particles(chains, jnp.full(n, -jnp.log(n)), jnp.zeros(()), jnp.arange(n))
+        variance = jax.tree.map(lambda q: jnp.var(q, 0), start)
+        return particles, log_step, curvature(start), variance
+
+    def _share(self, constants: Any, times: jax.Array, levels: Level, state: Any, rng_key: jax.Array) -> jax.Array:
+        particles, _, bend, _ = state
+        entry = Entry(self.structure, self.plan, constants, times, levels)
+        entered = entry(jnp.asarray(1), particles, bend, None, jax.random.fold_in(rng_key, 0))
+        return conditional_ess(particles.log_weights, entered.increment)
+
+    def _settle(
+        self, constants: Any, times: jax.Array, levels: Level, k: jax.Array, state: Any, rng_key: jax.Array
+    ) -> Any:
+        plan = self.plan
+        particles, log_step, bend, variance = state
+        keys = [jax.random.fold_in(rng_key, i) for i in range(3)]
+        entry = Entry(self.structure, plan, constants, times, levels)
+        entered = entry(k, particles, bend, None, keys[0])
+        particles = particles._replace(chains=entered.chains)
+        particles, _, _ = weigh(particles, entered.increment, keys[1], jnp.asarray(0.5))
+        position = particles.chains.position
+        widths = self.structure.widths(constants, jax.tree.map(lambda leaf: leaf[0], position), times[k])
+        inverse_mass = squared_scale(position, widths, variance)
+        target = target_at(self.structure, constants, times[k])
+        mover = Mover(plan, SHORT_SHARE)
+        chains, log_step, _ = mover(
+            keys[2], particles.chains, target, log_step, inverse_mass, plan.num_warmup, plan.num_steps
+        )
+        bend = curvature(jax.vmap(plan.kernel.gradient)(chains))
+        return particles._replace(chains=chains), log_step, bend, variance

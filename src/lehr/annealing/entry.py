@@ -1,0 +1,207 @@
+r"""How chains enter a level: they move or stay, are refreshed, and gain weight.
+
+A weighted chain that moves to a cleaner level does so by a proposal whose density is known; what it
+gains is in :mod:`lehr.annealing.weights`. Where it stays, the gain is log π_t(x) − log π_t'(x). For
+diffusion models alone moving is better, and in many dimensions the only way: staying, all
+coordinates are too wide for the next level at once. Under a sharp likelihood staying is better, since
+the proposal knows little of it. A pilot pass tries both at every level, by the conditional
+effective sample size (Σ W w)²/Σ W w² of the incremental weights w, and the rest follow.
+
+Reference:
+    Zhou, Johansen & Aston, Toward automatic model comparison, JCGS 2016 (conditional ESS).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jax.scipy.stats import norm
+
+from lehr.annealing.predictors import Ancestral, Predictor
+from lehr.annealing.weights import Particles, Weights
+from lehr.kernels.base import Kernel, LogDensity
+from lehr.kernels.line_integral import PartlyKnown
+from lehr.programs.closure import Constants, Structure
+from lehr.programs.path import Position
+from lehr.programs.reverse import Level, ReverseStep, log_forward
+
+__all__ = ["Entered", "Entry", "Plan", "conditional_ess", "target_at"]
+
+CLEARLY = 0.7  # chains move where that loses at most this share of the particles that staying loses
+
+
+class Plan(NamedTuple):
+    """What is static about a run: together with the structure, it decides what is compiled.
+
+    Attributes:
+        kernel: how chains move at a level.
+        predictor: how they move to the next; None where they stay, or follow the path's weights.
+        chooses: whether weighted chains move or stay, level by level, by which keeps more of them.
+        weights: how they are weighed; None for independent chains.
+        num_chains: N.
+        num_starts: draws that each chain chooses its start from; 1 for weighted chains.
+        num_warmup: tuned transitions at each level.
+        num_steps: transitions at each level that count.
+        num_draws: draws kept of each chain after the last level; a weighted run keeps its final points.
+        thinning: transitions for each kept one.
+        is_tuned: whether steps are given, level by level, rather than found.
+        counts_noise: whether predictors know that a product counts the noise more than once.
+        progress: whether levels are reported as they finish.
+    """
+
+    kernel: Kernel
+    predictor: Predictor | None
+    chooses: bool
+    weights: Weights | None
+    num_chains: int
+    num_starts: int
+    num_warmup: int
+    num_steps: int
+    num_draws: int
+    thinning: int
+    is_tuned: bool
+    counts_noise: bool
+    progress: bool
+
+
+class Entered(NamedTuple):
+    """The chains at the level entered.
+
+    Attributes:
+        chains: refreshed kernel states.
+        increment: what each log weight gains, (N,).
+        gap: energy increment less path increment, (N,); zeros unless both are asked for.
+        moves: whether chains moved to it.
+    """
+
+    chains: Any
+    increment: jax.Array
+    gap: jax.Array
+    moves: jax.Array
+
+
+class Entry:
+    """``enter(k, particles, curvature, moves, key) -> Entered`` for one run."""
+
+    def __init__(self, structure: Structure, plan: Plan, constants: Constants, times: jax.Array, levels: Level) -> None:
+        self.structure, self.plan, self.constants = structure, plan, constants
+        self.times, self.levels = times, levels
+        self.follows_path = plan.weights in ("path", "both")
+
+    def __call__(
+        self, k: jax.Array, particles: Particles, curvature: jax.Array, moves: jax.Array | None, rng_key: jax.Array
+    ) -> Entered:
+        """Take all chains to level k.
+
+        Args:
+            k: the level; the start, which the chains hold with its density, for k = 0.
+            particles: at level k − 1.
+            curvature: of −log π there, (D,).
+            moves: whether to move, where that was decided before.
+            rng_key: for the proposals.
+        """
+        is_first = k == 0
+        keys = jax.vmap(lambda i: jax.random.fold_in(rng_key, i))(jnp.arange(self.plan.num_chains))
+        chains = particles.chains
+        if self.plan.predictor is None and not self.follows_path:
+            fresh, gained, gap = jax.vmap(lambda chain: self._stay(chain, k))(chains)
+            return Entered(fresh, gained, gap, jnp.zeros((), bool))
+
+        def stay() -> Any:
+            return jax.vmap(lambda chain: self._stay(chain, k))(chains)
+
+        def move() -> Any:
+            return jax.vmap(lambda chain, key: self._move(chain, key, k, curvature))(chains, keys)
+
+        if moves is None and self.plan.chooses:
+            both = stay(), move()
+            ess_stay, ess_move = (conditional_ess(particles.log_weights, gained) for _, gained, _ in both)
+            better = (1 - ess_move < CLEARLY * (1 - ess_stay)) & ~is_first
+            chains, increment, gap = jax.tree.map(lambda a, b: jnp.where(better, b, a), *both)
+            return Entered(chains, increment, gap, better)
+        given = ~is_first if moves is None or not self.plan.chooses else moves & ~is_first
+        chains, increment, gap = jax.lax.cond(given, move, stay)
+        return Entered(chains, increment, gap, given)
+
+    def _stay(self, chain: Any, k: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
+        t = self.times[k]
+        fresh = self.plan.kernel.refresh(chain, target_at(self.structure, self.constants, t))
+        gained = fresh.logdensity - chain.logdensity
+        if self.follows_path:  # only at the start
+            gained = self.structure.start_density(self.constants, chain.position, t) - chain.logdensity
+        return fresh, gained, jnp.zeros(())
+
+    def _move(
+        self, chain: Any, rng_key: jax.Array, k: jax.Array, curvature: jax.Array
+    ) -> tuple[Any, jax.Array, jax.Array]:
+        before = jnp.maximum(k - 1, 0)
+        t_from, t = self.times[before], self.times[k]
+        position, log_energy, log_path = self._propose(chain, rng_key, before, k, curvature)
+        target = target_at(self.structure, self.constants, t)
+        fresh = self.plan.kernel.refresh(chain._replace(position=position), target)
+        by_energy = fresh.logdensity - chain.logdensity + log_energy
+        if not self.follows_path:
+            return fresh, by_energy, jnp.zeros(())
+        by_path = log_path + self._others(position, t) - self._others(chain.position, t_from)
+        return fresh, by_energy if self.plan.weights == "both" else by_path, by_energy - by_path
+
+    def _propose(
+        self, chain: Any, rng_key: jax.Array, before: jax.Array, k: jax.Array, curvature: jax.Array
+    ) -> tuple[Position, jax.Array, jax.Array]:
+        """x, with log f − log K and log Π (r_i/f)^{w_i} + log f − log K."""
+        plan, structure, constants = self.plan, self.structure, self.constants
+        t_from, t = self.times[before], self.times[k]
+        noisy, clean = (jax.tree.map(lambda leaf: leaf[i], self.levels) for i in (before, k))  # noqa: B023
+        gradient = plan.kernel.gradient(chain)
+        x_noisy, put = self._split(chain.position)
+        if self.follows_path:
+            step: ReverseStep = structure.reverse_step(constants, chain.position, gradient, t_from, t)
+            x, log_path, log_proposal = step.draw(rng_key)
+            return put(x), log_forward(x, x_noisy, noisy, clean) - log_proposal, log_path
+        slope, _ = self._split(gradient)
+        copies, _ = self._split(chain.position | structure.copies(constants, chain.position, t_from))
+        copies = copies if plan.counts_noise else jnp.ones_like(copies)
+        if plan.weights and isinstance(plan.predictor, Ancestral):
+            bend, _ = self._split(ravel_pytree(chain.position)[1](curvature))
+            mean, std = plan.predictor.informed(x_noisy, slope, copies, noisy, clean, bend)
+            noise = jax.random.normal(rng_key, mean.shape)
+            x = mean + std * noise
+            log_proposal = jnp.sum(norm.logpdf(noise) - jnp.log(std))
+            return put(x), log_forward(x, x_noisy, noisy, clean) - log_proposal, jnp.zeros(())
+        assert plan.predictor is not None
+
+        def gradient_at(x: jax.Array, is_clean: bool) -> jax.Array:
+            there = t if is_clean else t_from
+            return self._split(jax.grad(lambda q: structure.log_density(constants, q, there))(put(x)))[0]
+
+        x = plan.predictor.move(rng_key, x_noisy, slope, copies, noisy, clean, gradient_at)
+        return put(x), jnp.zeros(()), jnp.zeros(())
+
+    def _others(self, position: Position, t: jax.Array) -> jax.Array:
+        return self.structure.others(self.constants, position, t) if "others" in self.structure else jnp.zeros(())
+
+    def _split(self, position: Position) -> tuple[jax.Array, Any]:
+        """All of x, flat, and how to put another in its place."""
+        flat, unravel = ravel_pytree({name: position[name] for name in self.structure.diffusion_sites})
+        return flat, lambda to: position | unravel(to)
+
+
+def conditional_ess(log_weights: jax.Array, increments: jax.Array) -> jax.Array:
+    """(Σ W w)²/Σ W w² in [0, 1], for normalised weights W and incremental weights w."""
+    increments = jnp.where(jnp.isnan(increments), -jnp.inf, increments)
+    lse = jax.nn.logsumexp
+    return jnp.exp(2 * lse(log_weights + increments) - lse(log_weights + 2 * increments))
+
+
+def target_at(structure: Structure, constants: Constants, t: jax.Array) -> LogDensity:
+    """log π_t as kernels take it."""
+
+    def known(position: Position) -> jax.Array:
+        return structure.log_density(constants, position, t)
+
+    if "unknown" not in structure:
+        return known
+    return PartlyKnown(known, lambda position: structure.unknown(constants, position, t))
