@@ -121,7 +121,7 @@ class _Driver:
         path = self._checked(path, kernel, weights)
         ladder = self.ladder if isinstance(self.ladder, Ladder) else None
         if t_min is None:
-            t_min = float(ladder.times[-1]) if ladder else clean_end(path.schedule, _finest(path))
+            t_min = float(np.asarray(ladder.times)[-1]) if ladder else clean_end(path.schedule, _finest(path))
         path = path.ending_at(t_min)
         plan = self._plan(path, kernel, weights)
         structure, constants = close(path, *_functions(path, plan))
