@@ -6,6 +6,7 @@ ladder; ArviZ tells whether to believe it.
 """
 
 from lehr.annealing.drivers import AnnealedMCMC, AnnealedSMC, Reverse
+from lehr.annealing.exchange import ReplicaExchange
 from lehr.annealing.ladder import Ladder
 from lehr.annealing.predictors import Restart
 from lehr.annealing.run import Run
@@ -55,6 +56,7 @@ __all__ = [
     "Product",
     "Recipe",
     "RectifiedFlow",
+    "ReplicaExchange",
     "Restart",
     "Reverse",
     "Run",

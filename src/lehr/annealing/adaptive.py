@@ -52,7 +52,7 @@ def adaptive_times(
     plan = plan._replace(num_warmup=WARMUP)
     walk = _Walk(structure, plan)
     schedule = path.schedule
-    end, here = program.t_min, noisy_end(schedule, t_max)
+    end, here = float(np.asarray(program.ladder.times)[-1]), noisy_end(schedule, t_max)
     finish = float(schedule.log_snr(end))
     longest = LONGEST if plan.weights == "path" else np.inf
     key = as_key(rng_key)

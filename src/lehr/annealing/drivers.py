@@ -50,18 +50,18 @@ class Program(NamedTuple):
     """A path made ready for the loop.
 
     Attributes:
-        path: bound, and ending at ``t_min``.
+        path: bound, and ending where the ladder does.
         plan: what is static.
+        ladder: the levels.
         structure: the path's functions.
         constants: its data.
-        t_min: the last level.
     """
 
     path: Path
     plan: Plan
+    ladder: Ladder
     structure: Structure
     constants: Constants
-    t_min: float
 
 
 class _Driver:
@@ -107,25 +107,63 @@ class _Driver:
         self.progress = progress
         self._run: Run | None = None
 
-    def prepare(self, path: Path, t_min: float | None = None) -> Program:
+    def prepare(self, path: Path, t_min: float | None = None, optional: tuple[str, ...] = ()) -> Program:
         """What is known of a run before it is compiled.
 
         Args:
             path: bound to its data.
             t_min: where a ladder ends that is yet to be made.
+            optional: functions of the path that the loop itself does not need.
 
         Raises:
             ValueError, TypeError: as :meth:`run`.
         """
         kernel, weights = self._kernel(path), self._weights(path)
         path = self._checked(path, kernel, weights)
-        ladder = self.ladder if isinstance(self.ladder, Ladder) else None
-        if t_min is None:
-            t_min = float(np.asarray(ladder.times)[-1]) if ladder else clean_end(path.schedule, _finest(path))
-        path = path.ending_at(t_min)
+        ladder = self.ladder
+        if not isinstance(ladder, Ladder):
+            t_min = clean_end(path.schedule, _finest(path)) if t_min is None else t_min
+            ladder = Ladder.log_snr(path.schedule, ladder, t_min=t_min)
+        path = path.ending_at(np.asarray(ladder.times)[-1])
         plan = self._plan(path, kernel, weights)
-        structure, constants = close(path, *_functions(path, plan))
-        return Program(path, plan, structure, constants, t_min)
+        structure, constants = close(path, *_functions(path, plan), *optional)
+        return Program(path, plan, ladder, structure, constants)
+
+    def rehearse(self, program: Program, rng_key: jax.Array) -> tuple[Tuning, Anneal | None]:
+        """The steps to take, and the pilot pass that found them, if there was one."""
+        path, plan = program.path, program.plan
+        dimension = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(path.init, rng_key)))
+        guess = Tuning(plan.kernel.initial_step_size(dimension), 1.0, SHORT_SHARE)
+        tuning = (guess if self.tuning is None else self.tuning).on(len(program.ladder), dimension)
+        if not self.pilot or not plan.num_steps or not _can_tune(path, plan.kernel):
+            return tuning, None
+        plan = plan._replace(
+            num_chains=self.pilot, num_warmup=PILOT_WARMUP, num_draws=0, is_tuned=False, progress=False
+        )
+        trial = self._perform(program, plan, tuning, rng_key)
+        found = Tuning(
+            step_size=jnp.exp(smooth(jnp.log(trial.levels.step_size))),
+            scale=trial.levels.inverse_mass**0.5,
+            short_share=tuning.short_share,
+            curvature=jnp.exp(jax.vmap(smooth, 1, 1)(jnp.log(trial.levels.curvature))),
+            moves=trial.levels.moves,
+        )
+        return found, trial
+
+    def _perform(self, program: Program, plan: Plan, tuning: Tuning, rng_key: jax.Array) -> Anneal:
+        times = program.ladder.times
+        return jax.block_until_ready(
+            _compiled(
+                structure=program.structure,
+                plan=plan,
+                constants=program.constants,
+                times=times,
+                levels=Level.of(program.path.schedule, times),
+                tuning=tuning,
+                rng_key=rng_key,
+                threshold=jnp.asarray(self._threshold(), float),
+            )
+        )
 
     def run(self, rng_key: jax.Array, *args: Any, **kwargs: Any) -> Run:
         """Sample; the result is also kept, for the other methods.
@@ -144,41 +182,14 @@ class _Driver:
         rng_key = as_key(rng_key)
         path = self.path if self.path.is_bound and not (args or kwargs) else self.path(*args, **kwargs)
         program = self.prepare(path)
-        path, plan, structure, constants, t_min = program
-        kernel = plan.kernel
-        ladder = self.ladder
-        if not isinstance(ladder, Ladder):
-            ladder = Ladder.log_snr(path.schedule, ladder, t_min=t_min)
-        dimension = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(path.init, rng_key)))
-        given = Tuning(kernel.initial_step_size(dimension), 1.0, SHORT_SHARE) if self.tuning is None else self.tuning
-        tuning = given.on(len(ladder), dimension)
-        traced = {
-            "constants": constants,
-            "times": ladder.times,
-            "levels": Level.of(path.schedule, ladder.times),
-            "threshold": jnp.asarray(self._threshold(), float),
-        }
+        path, plan, ladder = program.path, program.plan, program.ladder
         started = time.monotonic()
-        trial: Anneal | None = None
-        if self.pilot and plan.num_warmup == 0 and _can_tune(path, kernel) and plan.num_steps:
-            rehearsal = plan._replace(
-                num_chains=self.pilot, num_warmup=PILOT_WARMUP, num_draws=0, is_tuned=False, progress=False
-            )
-            key_pilot, rng_key = jax.random.split(rng_key)
-            trial = _compiled(structure=structure, plan=rehearsal, tuning=tuning, rng_key=key_pilot, **traced)
-            tuning = tuning._replace(
-                step_size=jnp.exp(smooth(jnp.log(trial.levels.step_size))),
-                scale=trial.levels.inverse_mass**0.5,
-                curvature=jnp.exp(jax.vmap(smooth, 1, 1)(jnp.log(trial.levels.curvature))),
-                moves=trial.levels.moves,
-            )
-            plan = plan._replace(is_tuned=True)
         with progress_bar(type(self).__name__, len(ladder)) if self.progress else contextlib.nullcontext():
-            result: Anneal = jax.block_until_ready(
-                _compiled(structure=structure, plan=plan, tuning=tuning, rng_key=rng_key, **traced)
-            )
-        seconds = time.monotonic() - started
-        self._run = record(type(self).__name__, path, plan, ladder, result, trial, seconds)
+            key_pilot, key_run = jax.random.split(rng_key)
+            tuning, trial = self.rehearse(program, key_pilot)
+            plan = plan._replace(is_tuned=trial is not None or self.tuning is not None)
+            result = self._perform(program, plan, tuning, key_run)
+        self._run = record(type(self).__name__, path, plan, ladder, result, trial, time.monotonic() - started)
         stranded = int(np.sum(~np.isfinite(np.asarray(result.logdensity))))
         if stranded:
             warnings.warn(

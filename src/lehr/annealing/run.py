@@ -30,7 +30,7 @@ from lehr.annealing.tuning import SHORT_SHARE, Tuning
 from lehr.programs.path import Path
 from lehr.programs.reverse import evaluations
 
-__all__ = ["Run", "record"]
+__all__ = ["Run", "constrained", "record"]
 
 
 @dataclass(frozen=True)
@@ -179,11 +179,11 @@ def record(
     }
     return Run(
         method=method,
-        samples=_constrained(path, by_chain.position, 2),
+        samples=constrained(path, by_chain.position, 2),
         sample_stats=stats,
         observations={k: np.asarray(v) for k, v in path.observations.items() if not isinstance(v, jax.core.Tracer)},
         levels=levels,
-        particles=_constrained(path, host.position, 1) if plan.weights else {},
+        particles=constrained(path, host.position, 1) if plan.weights else {},
         log_weights=host.log_weights if plan.weights else None,
         attrs=attrs,
         _log_evidence=float(host.log_evidence) if plan.weights else None,
@@ -218,7 +218,8 @@ def _evaluations(path: Path, plan: Plan, result: Anneal, trial: Anneal | None) -
     return int(made) if made == int(made) else round(made, 2)
 
 
-def _constrained(path: Path, position: dict[str, np.ndarray], batch_ndims: int) -> dict[str, np.ndarray]:
+def constrained(path: Path, position: dict[str, np.ndarray], batch_ndims: int) -> dict[str, np.ndarray]:
+    """Positions as draws of the sites, each on its own scale."""
     return {name: np.asarray(value) for name, value in path.constrain(position, batch_ndims).items()}
 
 

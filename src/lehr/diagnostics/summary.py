@@ -18,6 +18,19 @@ from lehr.annealing.run import Run
 __all__ = ["SiteSummary", "print_summary", "summarise"]
 
 MAX_ROWS = 12
+COLUMNS = {  # of the table of levels, where a run has them
+    "sigma": ("σ/α", ".3g"),
+    "acceptance_rate": ("accepted", ".3g"),
+    "step_size": ("step", ".3g"),
+    "swap_rate": ("swapped", ".2f"),
+    "ess_weights": ("ESS", ".0f"),
+    "log_evidence": ("log Z", ".3f"),
+    "gap": ("gap", "+.3f"),
+    "loop_integral": ("∮ s·dx", ".2g"),
+    "diverging": ("diverging", ".0f"),
+}
+LARGE_GAP = 0.15  # nats at one level: beyond what short steps leave between the two kinds of weights
+LARGE_LOOP = 0.1  # nats round a triangle of one scale
 
 
 class SiteSummary(NamedTuple):
@@ -101,17 +114,13 @@ def _shown(values: np.ndarray) -> tuple[Any, ...]:
 
 
 def _levels(run: Run) -> Table:
-    weighted = run.log_weights is not None
+    columns = {name: column for name, column in COLUMNS.items() if name in run.levels}
     table = Table(title=f"{run.attrs['num_levels']} levels, {run.attrs['kernel']}", title_justify="left")
-    columns = ["level", "σ/α", "accepted", "step", *(["ESS", "log Z"] if weighted else []), "diverging"]
-    for name in columns:
-        table.add_column(name, justify="right")
+    for title in ("level", *(title for title, _ in columns.values())):
+        table.add_column(title, justify="right")
     last = len(run.levels["t"]) - 1
     for k in sorted({round(i) for i in np.linspace(0, last, min(MAX_ROWS, last + 1))}):
-        row = [str(k)] + [_number(run.levels[name][k], ".3g") for name in ("sigma", "acceptance_rate", "step_size")]
-        if weighted:
-            row += [f"{run.levels['ess_weights'][k]:.0f}", f"{run.levels['log_evidence'][k]:.3f}"]
-        table.add_row(*row, str(int(run.levels["diverging"][k])))
+        table.add_row(str(k), *(_number(run.levels[name][k], form) for name, (_, form) in columns.items()))
     return table
 
 
@@ -144,6 +153,27 @@ def _remarks(run: Run) -> list[str]:
         lines.append(
             f"[yellow]{diverging} divergent transitions ({diverging / made:.1%}), most at level {worst} "
             f"(σ/α = {run.levels['sigma'][worst]:.3g})."
+        )
+    if "gap" in run.levels and np.max(np.abs(run.levels["gap"])) > LARGE_GAP:
+        gap = run.levels["gap"]
+        worst = int(np.argmax(np.abs(gap)))
+        lines.append(
+            f"[yellow]energy and path weights disagree: {gap.sum():+.2f} nats in all, most at level {worst} "
+            f"({gap[worst]:+.2f} at σ/α = {run.levels['sigma'][worst]:.3g}). Either the energies are badly calibrated in "
+            "time there, or the levels stand too far apart for the path weights: with twice as many levels the "
+            "latter goes away."
+        )
+    if "loop_integral" in run.levels and np.max(run.levels["loop_integral"]) > LARGE_LOOP:
+        worst = int(np.argmax(run.levels["loop_integral"]))
+        lines.append(
+            f"[yellow]the score is not a gradient: its integral round a small triangle is "
+            f"{run.levels['loop_integral'][worst]:.2f} nats at level {worst} (σ/α = {run.levels['sigma'][worst]:.3g}). "
+            "Metropolis tests by line integrals then depend on the way that chains take."
+        )
+    if "round_trips" in run.attrs:
+        trips = run.attrs["round_trips"]
+        lines.append(
+            f"{trips} round trips between the ends of the ladder, {trips / run.attrs['num_chains']:.0f} a chain."
         )
     if nonfinite:
         worst = int(np.argmax(run.levels["nonfinite"]))
