@@ -8,6 +8,7 @@ are approximations; a step of their ladder is at most :data:`LONGEST` in log-SNR
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -15,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from lehr.annealing.drivers import AnnealedSMC, as_key
-from lehr.annealing.entry import Entry, conditional_ess, target_at
+from lehr.annealing.entry import Entry, Plan, conditional_ess, target_at
 from lehr.annealing.ladder import check_count, noisy_end
 from lehr.annealing.loop import Mover, per_chain, starter
 from lehr.annealing.tuning import SHORT_SHARE, curvature, squared_scale
 from lehr.annealing.weights import Particles, weigh
 from lehr.kernels import Kernel
 from lehr.kernels.line_integral import PartlyKnown
+from lehr.programs.closure import Constants, Structure
 from lehr.programs.reverse import Level
 
 __all__ = ["adaptive_times"]
@@ -50,7 +52,6 @@ def adaptive_times(
     program = driver.prepare(driver.path, t_min)
     path, structure, constants, plan = program.path, program.structure, program.constants, program.plan
     plan = plan._replace(num_warmup=WARMUP)
-    walk = _Walk(structure, plan)
     schedule = path.schedule
     end, here = float(np.asarray(program.ladder.times)[-1]), noisy_end(schedule, t_max)
     finish = float(schedule.log_snr(end))
@@ -64,8 +65,8 @@ def adaptive_times(
         t = jnp.asarray([end if v == finish else float(schedule.time(v)) for v in log_snr], float)
         return t, Level.of(schedule, t)
 
-    state = walk.begin(constants, rungs(here)[0][0], jax.random.fold_in(key, 0), log_step)
-    state = walk.settle(constants, *rungs(here, here), jnp.asarray(0), state, jax.random.fold_in(key, 0))
+    state = _begin(structure, plan, constants, rungs(here)[0][0], jax.random.fold_in(key, 0), log_step)
+    state = _settle(structure, plan, constants, *rungs(here, here), jnp.asarray(0), state, jax.random.fold_in(key, 0))
     while here < finish:
         if len(times) >= max_levels:
             raise ValueError(
@@ -75,7 +76,7 @@ def adaptive_times(
         key_level = jax.random.fold_in(key, len(times))
 
         def share(there: float) -> float:
-            return float(walk.share(constants, *rungs(here, there), state, key_level))  # noqa: B023
+            return float(_share(structure, plan, constants, *rungs(here, there), state, key_level))  # noqa: B023
 
         near, far = here, min(finish, here + longest)
         if share(far) < ess:
@@ -83,52 +84,66 @@ def adaptive_times(
                 middle = (near + far) / 2
                 near, far = (middle, far) if share(middle) >= ess else (near, middle)
             far = max(near, here + (far - here) / 4)  # the least that is taken, whatever the share
-        state = walk.settle(constants, *rungs(here, far), jnp.asarray(1), state, key_level)
+        state = _settle(structure, plan, constants, *rungs(here, far), jnp.asarray(1), state, key_level)
         here = far
         times.append(end if here == finish else float(schedule.time(here)))
     return np.asarray(times)
 
 
-class _Walk:
-    """A pilot's steps, each compiled once."""
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _begin(
+    structure: Structure, plan: Plan, constants: Constants, t: jax.Array, rng_key: jax.Array, log_step: jax.Array
+) -> Any:
+    """Particles with the density of the start, a step, a curvature, and the variance of the start."""
+    n, kernel = plan.num_chains, plan.kernel
+    keys = per_chain(rng_key, n)
+    start, log_start = jax.vmap(starter(structure, plan, constants, t))(keys)
+    nowhere = PartlyKnown(*[lambda _: jnp.zeros(())] * 2)
+    chains = jax.vmap(lambda key, q: kernel.init(key, q, nowhere))(keys, start)._replace(logdensity=log_start)
+    particles = Particles(chains, jnp.full(n, -jnp.log(n)), jnp.zeros(()), jnp.arange(n))
+    return particles, log_step, curvature(start), jax.tree.map(lambda q: jnp.var(q, 0), start)
 
-    def __init__(self, structure: Any, plan: Any) -> None:
-        self.structure, self.plan = structure, plan
-        self.begin, self.share, self.settle = jax.jit(self._begin), jax.jit(self._share), jax.jit(self._settle)
 
-    def _begin(self, constants: Any, t: jax.Array, rng_key: jax.Array, log_step: jax.Array) -> Any:
-        n, kernel = self.plan.num_chains, self.plan.kernel
-        keys = per_chain(rng_key, n)
-        start, log_start = jax.vmap(starter(self.structure, self.plan, constants, t))(keys)
-        nowhere = PartlyKnown(*[lambda _: jnp.zeros(())] * 2)
-        chains = jax.vmap(lambda key, q: kernel.init(key, q, nowhere))(keys, start)._replace(logdensity=log_start)
-        particles = Particles(chains, jnp.full(n, -jnp.log(n)), jnp.zeros(()), jnp.arange(n))
-        variance = jax.tree.map(lambda q: jnp.var(q, 0), start)
-        return particles, log_step, curvature(start), variance
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _share(
+    structure: Structure,
+    plan: Plan,
+    constants: Constants,
+    times: jax.Array,
+    levels: Level,
+    state: Any,
+    rng_key: jax.Array,
+) -> jax.Array:
+    """The conditional ESS of a step from the first of two times to the second."""
+    particles, _, bend, _ = state
+    enter = Entry(structure, plan, constants, times, levels)
+    entered = enter(jnp.asarray(1), particles, bend, None, jax.random.fold_in(rng_key, 0))
+    return conditional_ess(particles.log_weights, entered.increment)
 
-    def _share(self, constants: Any, times: jax.Array, levels: Level, state: Any, rng_key: jax.Array) -> jax.Array:
-        particles, _, bend, _ = state
-        entry = Entry(self.structure, self.plan, constants, times, levels)
-        entered = entry(jnp.asarray(1), particles, bend, None, jax.random.fold_in(rng_key, 0))
-        return conditional_ess(particles.log_weights, entered.increment)
 
-    def _settle(
-        self, constants: Any, times: jax.Array, levels: Level, k: jax.Array, state: Any, rng_key: jax.Array
-    ) -> Any:
-        plan = self.plan
-        particles, log_step, bend, variance = state
-        keys = [jax.random.fold_in(rng_key, i) for i in range(3)]
-        entry = Entry(self.structure, plan, constants, times, levels)
-        entered = entry(k, particles, bend, None, keys[0])
-        particles = particles._replace(chains=entered.chains)
-        particles, _, _ = weigh(particles, entered.increment, keys[1], jnp.asarray(0.5))
-        position = particles.chains.position
-        widths = self.structure.widths(constants, jax.tree.map(lambda leaf: leaf[0], position), times[k])
-        inverse_mass = squared_scale(position, widths, variance)
-        target = target_at(self.structure, constants, times[k])
-        mover = Mover(plan, SHORT_SHARE)
-        chains, log_step, _ = mover(
-            keys[2], particles.chains, target, log_step, inverse_mass, plan.num_warmup, plan.num_steps
-        )
-        bend = curvature(jax.vmap(plan.kernel.gradient)(chains))
-        return particles._replace(chains=chains), log_step, bend, variance
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _settle(
+    structure: Structure,
+    plan: Plan,
+    constants: Constants,
+    times: jax.Array,
+    levels: Level,
+    k: jax.Array,
+    state: Any,
+    rng_key: jax.Array,
+) -> Any:
+    """That step made: weighed, resampled, tuned and moved."""
+    particles, log_step, bend, variance = state
+    keys = [jax.random.fold_in(rng_key, i) for i in range(3)]
+    entered = Entry(structure, plan, constants, times, levels)(k, particles, bend, None, keys[0])
+    particles = particles._replace(chains=entered.chains)
+    particles, _, _ = weigh(particles, entered.increment, keys[1], jnp.asarray(0.5))
+    position = particles.chains.position
+    widths = structure.widths(constants, jax.tree.map(lambda leaf: leaf[0], position), times[k])
+    inverse_mass = squared_scale(position, widths, variance)
+    target = target_at(structure, constants, times[k])
+    move = Mover(plan, SHORT_SHARE)
+    chains, log_step, _ = move(
+        keys[2], particles.chains, target, log_step, inverse_mass, plan.num_warmup, plan.num_steps
+    )
+    return particles._replace(chains=chains), log_step, curvature(jax.vmap(plan.kernel.gradient)(chains)), variance

@@ -118,6 +118,7 @@ class _Driver:
         Raises:
             ValueError, TypeError: as :meth:`run`.
         """
+        path.bound_arguments()
         kernel, weights = self._kernel(path), self._weights(path)
         path = self._checked(path, kernel, weights)
         ladder = self.ladder
@@ -250,9 +251,9 @@ class _Driver:
 
     def _plan(self, path: Path, kernel: Kernel, weights: Weights | None) -> Plan:
         tunes = _can_tune(path, kernel)
-        chooses = self.predictor == "auto"
+        chooses = self.predictor == "auto" and weights == "energy"
         pilots = self.tuning is not None or (self.pilot > 0 and tunes)
-        predictor = (Ancestral() if pilots else None) if chooses else as_predictor(self.predictor)
+        predictor = (Ancestral() if pilots else None) if self.predictor == "auto" else as_predictor(self.predictor)
         return Plan(
             kernel=kernel,
             predictor=None if weights in ("path", "both") else predictor,
@@ -517,7 +518,7 @@ def _functions(path: Path, plan: Plan) -> list[str]:
     if plan.weights in ("path", "both"):
         needed += ["reverse_step", "start_density"] + (["others"] if path.other_sites else [])
     elif plan.predictor is not None:
-        needed.append("copies")
+        needed += ["copies"] if plan.counts_noise else ["copies", "moments"]
     return needed
 
 

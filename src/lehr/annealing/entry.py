@@ -129,10 +129,13 @@ class Entry:
     def _stay(self, chain: Any, k: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
         t = self.times[k]
         fresh = self.plan.kernel.refresh(chain, target_at(self.structure, self.constants, t))
-        gained = fresh.logdensity - chain.logdensity
-        if self.follows_path:  # only at the start
-            gained = self.structure.start_density(self.constants, chain.position, t) - chain.logdensity
-        return fresh, gained, jnp.zeros(())
+        by_energy = fresh.logdensity - chain.logdensity
+        if not self.follows_path:
+            return fresh, by_energy, jnp.zeros(())
+        by_path = (
+            self.structure.start_density(self.constants, chain.position, t) - chain.logdensity
+        )  # only at the start
+        return fresh, by_energy if self.plan.weights == "both" else by_path, by_energy - by_path
 
     def _move(
         self, chain: Any, rng_key: jax.Array, k: jax.Array, curvature: jax.Array

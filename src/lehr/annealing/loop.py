@@ -197,6 +197,10 @@ def starter(structure: Structure, plan: Plan, constants: Constants, t: jax.Array
 
     def draw(rng_key: jax.Array) -> tuple[Position, jax.Array]:
         position = structure.init(constants, rng_key, t)
+        if not plan.counts_noise:  # as wide as one diffusion is at this level, not as a product of several
+            means, copies = structure.moments(constants, position, t)[0], structure.copies(constants, position, t)
+            wider = {k: m + jnp.sqrt(jnp.maximum(copies[k], 1.0)) * (position[k] - m) for k, m in means.items()}
+            position = position | wider
         return position, structure.log_start(constants, position, t)
 
     def choose(rng_key: jax.Array) -> tuple[Position, jax.Array]:

@@ -157,11 +157,11 @@ def _remarks(run: Run) -> list[str]:
     if "gap" in run.levels and np.max(np.abs(run.levels["gap"])) > LARGE_GAP:
         gap = run.levels["gap"]
         worst = int(np.argmax(np.abs(gap)))
+        sigma = run.levels["sigma"][worst]
         lines.append(
             f"[yellow]energy and path weights disagree: {gap.sum():+.2f} nats in all, most at level {worst} "
-            f"({gap[worst]:+.2f} at σ/α = {run.levels['sigma'][worst]:.3g}). Either the energies are badly calibrated in "
-            "time there, or the levels stand too far apart for the path weights: with twice as many levels the "
-            "latter goes away."
+            f"({gap[worst]:+.2f} at σ/α = {sigma:.3g}). Either the energies are badly calibrated in time there, or the "
+            "levels stand too far apart for the path weights: with twice as many levels the latter goes away."
         )
     if "loop_integral" in run.levels and np.max(run.levels["loop_integral"]) > LARGE_LOOP:
         worst = int(np.argmax(run.levels["loop_integral"]))

@@ -208,12 +208,12 @@ class Path:
             position: unconstrained, each leaf with ``batch_ndims`` leading dimensions.
             batch_ndims: how many.
         """
-        args, kwargs = self._bound_arguments()
+        args, kwargs = self.bound_arguments()
         return constrain_fn(self.model, args, kwargs, position, return_deterministic=True, batch_ndims=batch_ndims)
 
     def refuse_scores(self, who: str) -> None:
         """Raise the TypeError of :meth:`Potential.at` if a factor is known through its score only."""
-        self._bound_arguments()
+        self.bound_arguments()
         if self.score_sites:
             raise TypeError(
                 f"{who} needs log densities, and the Diffusion site{'s' * (len(self.score_sites) > 1)} "
@@ -222,7 +222,7 @@ class Path:
 
     def refuse_without_denoiser(self, who: str) -> None:
         """Raise a TypeError if a factor is not a diffusion model, and so has no reverse kernel."""
-        self._bound_arguments()
+        self.bound_arguments()
         if self.without_denoiser:
             raise TypeError(
                 f"{who} needs the denoiser of every factor, E[x₀ | x_t], and the site {self.without_denoiser[0]!r} has "
@@ -292,7 +292,12 @@ class Path:
             assigned.setdefault(guidance.get(name, guidance[None]), set()).add(name)
         return assigned
 
-    def _bound_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def bound_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The model's arguments.
+
+        Raises:
+            TypeError: if the path is unbound.
+        """
         if self._arguments is None:
             raise TypeError(
                 "this Path is not bound to data: call it with the model's arguments, as in "
@@ -309,7 +314,7 @@ class Path:
 
         ``x=None`` puts zeros there. What ``position`` does not hold is drawn from its prior with ``rng_key``.
         """
-        args, kwargs = self._bound_arguments()
+        args, kwargs = self.bound_arguments()
 
         def value(site: Site) -> jax.Array | None:
             if site["type"] != "sample" or site["is_observed"]:
@@ -326,7 +331,7 @@ class Path:
         return [site for site in trace.values() if site["type"] == "sample"]
 
     def origin(self) -> Position:
-        self._bound_arguments()
+        self.bound_arguments()
         return {name: jnp.zeros(self._shapes[name]) for name in self.diffusion_sites}
 
     def quadratic(self, kind: Quadratic, position: Position, t: ArrayLike) -> tuple[Position, Position]:

@@ -74,6 +74,8 @@ class ReverseStep(NamedTuple):
         log_det: the logarithm of its determinant.
         shift: by which the likelihood moves it, in units of ``root``, shape (D,).
         log_weight: log ∫ G dx.
+        excess: what had to be added to the precision of G along each column of ``root`` to make a
+            density of it, times that precision: zeros, but for powers and contrasts that are none.
     """
 
     mean: jax.Array
@@ -81,14 +83,17 @@ class ReverseStep(NamedTuple):
     log_det: jax.Array
     shift: jax.Array
     log_weight: jax.Array
+    excess: jax.Array
 
     def draw(self, rng_key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x, flat, and log G(x) − log K(x), and log K(x)."""
         noise = jax.random.normal(rng_key, self.mean.shape)
         moved = noise + self.shift
         step = self.root @ moved if self.root.ndim == 2 else self.root * moved
-        log_proposal = jnp.sum(norm.logpdf(noise)) - self.log_det
-        return self.mean + step, self.log_weight + jnp.sum(noise**2 - moved**2) / 2, log_proposal
+        x = self.mean + step
+        along = self.root.T @ x if self.root.ndim == 2 else self.root * x
+        log_ratio = self.log_weight + jnp.sum(noise**2 - moved**2 + self.excess * along**2) / 2
+        return x, log_ratio, jnp.sum(norm.logpdf(noise)) - self.log_det
 
 
 def evaluations(path: Path) -> int:
@@ -130,17 +135,18 @@ def reverse_step(path: Path, position: Position, gradient: Position, t_from: Arr
     constant, slope = jax.value_and_grad(log_g)(origin)
     least = 1e-3 / (clean.sigma**2 * lost_share(noisy, clean))  # a power or a contrast may leave no density
     if with_covariance:
-        values, vectors = jnp.linalg.eigh(-jax.hessian(log_g)(origin))
-        values = jnp.maximum(values, least)
+        bare, vectors = jnp.linalg.eigh(-jax.hessian(log_g)(origin))
+        values = jnp.maximum(bare, least)
         root = vectors * values**-0.5
         mean = root @ (root.T @ slope)
         log_det = jnp.sum(jnp.log(values))
     else:
-        precision = jnp.maximum(slope - jax.grad(log_g)(jnp.ones_like(flat)), least)
-        root, mean, log_det = precision**-0.5, slope / precision, jnp.sum(jnp.log(precision))
+        bare = slope - jax.grad(log_g)(jnp.ones_like(flat))
+        values = jnp.maximum(bare, least)
+        root, mean, log_det = values**-0.5, slope / values, jnp.sum(jnp.log(values))
     log_weight = constant + jnp.dot(slope, mean) / 2 + (flat.size * math.log(2 * math.pi) - log_det) / 2
     shift = _shift(path, position, gradient, root, t_from, noisy, clean)
-    return ReverseStep(mean, root, -log_det / 2, shift, log_weight)
+    return ReverseStep(mean, root, -log_det / 2, shift, log_weight, (values - bare) * values)
 
 
 def start_density(path: Path, position: Position, t: ArrayLike) -> jax.Array:

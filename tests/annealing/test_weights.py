@@ -1,0 +1,256 @@
+"""Weights: by energies, by the models' reverse kernels, by both; their evidence, and their refusals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from flax import nnx
+from scipy import stats
+
+import lehr
+from lehr.annealing.entry import conditional_ess
+from lehr.annealing.weights import Particles, weigh
+
+N = 2000
+P_LOC, P_STD = np.array([0.5, -0.3]), np.array([0.5, 0.8])
+Q_LOC, Q_STD = np.array([-0.2, 0.4]), np.array([0.7, 0.6])
+SCHEDULE = lehr.VPCosine()
+P, Q = lehr.Gaussian(P_LOC, P_STD), lehr.Gaussian(Q_LOC, Q_STD)
+MODES = lehr.GaussianMixture([[-1.5], [1.0]], [0.15, 0.3], [0.2, 0.8])
+RUN = {"ladder": 16, "num_warmup": 1, "num_particles": N, "progress": False}
+
+
+def score_of(potential):
+    """A potential's score as a network would give it."""
+
+    class Noise(nnx.Module):
+        def __call__(self, x, t):
+            return potential.noise(x, t)
+
+    data = potential.moments(0.0)
+    return lehr.ScoreNetwork(
+        Noise(), potential.schedule, potential.event_shape, time_input="time", mean=data.mean, std=data.std,
+        feature_scale=potential.width(0.0),
+    )  # fmt: skip
+
+
+# One weighing
+
+
+def weighed(increment, threshold, log_weights=None, values=None, seed=0):
+    n = len(increment)
+    log_weights = np.full(n, -np.log(n)) if log_weights is None else log_weights
+    values = np.arange(n) if values is None else values
+    particles = Particles(jnp.asarray(values), jnp.asarray(log_weights), jnp.asarray(1.5), jnp.arange(n))
+    return weigh(particles, jnp.asarray(increment), jax.random.key(seed), jnp.asarray(threshold))
+
+
+TWO = {"increment": np.where(np.arange(1000) < 500, np.log(0.5), np.log(1.5)), "values": np.arange(1000.0) < 500}
+
+
+@pytest.mark.parametrize(("threshold", "acts"), [(0.0, False), (0.79, False), (0.81, True), (1.0, True)])
+def test_particles_are_resampled_below_the_threshold_and_weigh_the_same_again(threshold, acts):
+    """ESS = (.5 + 1.5)²/2 (.25 + 2.25) = .8 of N."""
+    after, ess, resampled = weighed(**TWO, threshold=threshold)
+    assert bool(resampled) == acts
+    assert float(ess) == pytest.approx(800, rel=1e-5)
+    assert float(jax.nn.logsumexp(after.log_weights)) == pytest.approx(0, abs=1e-5)
+    assert np.sum(np.exp(after.log_weights) * after.chains) == pytest.approx(0.25, abs=1.5e-3)  # one particle, rounded
+    assert (np.ptp(after.log_weights) == 0) == acts
+    np.testing.assert_array_equal(np.asarray(after.ancestors) < 500, after.chains)
+    assert np.asarray(after.chains).mean() == pytest.approx(0.25 if acts else 0.5, abs=1.5e-3)
+
+
+def test_the_evidence_gains_the_logarithm_of_the_weighted_mean():
+    log_weights = np.log([0.1, 0.2, 0.3, 0.4])
+    increment = np.log([1.0, 2.0, 0.5, 4.0])
+    after, _, _ = weighed(increment, 0.0, log_weights)
+    mean = 0.1 + 0.4 + 0.15 + 1.6
+    assert float(after.log_evidence) == pytest.approx(1.5 + np.log(mean), rel=1e-6)
+    np.testing.assert_allclose(np.exp(after.log_weights), np.array([0.1, 0.4, 0.15, 1.6]) / mean, rtol=1e-5)
+
+
+def test_resampling_changes_no_evidence():
+    plain, _, _ = weighed(**TWO, threshold=0.0)
+    again, _, _ = weighed(**TWO, threshold=1.0)
+    assert float(plain.log_evidence) == float(again.log_evidence) == pytest.approx(1.5, abs=1e-5)
+
+
+@pytest.mark.parametrize("nothing", [np.nan, -np.inf])
+def test_a_gain_that_is_no_number_is_no_weight(nothing):
+    after, ess, _ = weighed(np.array([0.0, nothing, 0.0, nothing]), 0.0)
+    np.testing.assert_allclose(np.exp(after.log_weights), [0.5, 0, 0.5, 0], atol=1e-6)
+    assert float(ess) == pytest.approx(2, rel=1e-5)
+    assert float(after.log_evidence) == pytest.approx(1.5 + np.log(0.5), rel=1e-5)
+    resampled, _, _ = weighed(np.array([0.0, nothing, 0.0, nothing]), 1.0)
+    assert set(np.asarray(resampled.chains).tolist()) == {0, 2}
+
+
+def test_who_has_no_weight_gets_none_back():
+    after, _, _ = weighed(np.array([0.0, np.inf]), 0.0, np.array([0.0, -np.inf]))
+    np.testing.assert_allclose(np.exp(after.log_weights), [1.0, 0.0])
+
+
+def test_where_none_is_left_there_is_no_evidence_and_no_sample_size():
+    after, ess, _ = weighed(np.full(4, np.nan), 0.0)
+    assert float(after.log_evidence) == -np.inf
+    assert float(ess) == 0
+    np.testing.assert_allclose(np.exp(after.log_weights), 0.25, rtol=1e-6)
+
+
+def test_the_conditional_sample_size_is_that_of_the_gains_alone():
+    log_weights = jnp.log(jnp.array([0.1, 0.2, 0.3, 0.4]))
+    assert float(conditional_ess(log_weights, jnp.full(4, 7.0))) == pytest.approx(1, rel=1e-5)
+    gains = np.array([1.0, 2.0, 0.5, 4.0])
+    weights = np.array([0.1, 0.2, 0.3, 0.4])
+    expected = (weights @ gains) ** 2 / (weights @ gains**2)
+    assert float(conditional_ess(log_weights, jnp.log(gains))) == pytest.approx(expected, rel=1e-5)
+    assert float(conditional_ess(log_weights, jnp.array([0.0, 0.0, 0.0, jnp.nan]))) == pytest.approx(0.6, rel=1e-5)
+
+
+# Runs
+
+
+def product(sigma):
+    """Evidence, mean and variance of the product of P and Q where the blur is σ/α, in units of x_t = x₀ nearly."""
+    t = SCHEDULE.time(-2 * np.log(sigma))
+    alpha, noise = float(SCHEDULE.alpha(t)), float(SCHEDULE.sigma(t))
+    p, q = (alpha * P_STD) ** 2 + noise**2, (alpha * Q_STD) ** 2 + noise**2
+    evidence = stats.norm(alpha * P_LOC, np.sqrt(p + q)).logpdf(alpha * Q_LOC).sum()
+    variance = 1 / (1 / p + 1 / q)
+    return evidence, variance * alpha * (P_LOC / p + Q_LOC / q), variance
+
+
+def agrees(run):
+    """Within four standard errors, at half of N effective."""
+    evidence, mean, variance = product(run.levels["sigma"][-1])
+    assert run.log_evidence_se < 0.1
+    assert abs(run.log_evidence - evidence) < 4 * max(run.log_evidence_se, 1e-3)
+    x = run.get_samples()["x"]
+    assert np.abs((x.mean(0) - mean) / np.sqrt(2 * variance / N)).max() < 4
+    assert np.abs(x.var(0) / variance - 1).max() < 4 * np.sqrt(2 * 2 / N)
+
+
+@pytest.fixture(scope="module")
+def both():
+    return lehr.AnnealedSMC(P * Q, weights="both", **RUN).run(0)
+
+
+@pytest.mark.parametrize("options", [{"predictor": "ancestral"}, {"predictor": None}, {"weights": "path"}], ids=str)
+def test_all_weights_give_the_evidence_and_the_moments_of_a_product(options):
+    agrees(lehr.AnnealedSMC(P * Q, **options, **RUN).run(0))
+
+
+def test_so_do_both_at_once_and_of_exact_energies_there_is_no_gap(both):
+    agrees(both)
+    assert np.asarray(both.tuning.moves)[1:].all()
+    assert np.abs(both.levels["gap"]).max() < 2e-3  # float32, of log densities of order ten
+
+
+class Drifting(lehr.EnergyPotential):
+    """An energy whose constant c(t) is ``rate`` times the log-SNR."""
+
+    inner: lehr.Gaussian
+    rate: float
+
+    @property
+    def schedule(self):
+        return self.inner.schedule
+
+    @property
+    def event_shape(self):
+        return self.inner.event_shape
+
+    def moments(self, t):
+        return self.inner.moments(t)
+
+    def width(self, t):
+        return self.inner.width(t)
+
+    def _log_density(self, x, t):
+        return self.inner._log_density(x, t) + self.rate * self.schedule.log_snr(t)
+
+    def _denoise(self, x, t):
+        return self.inner._denoise(x, t)
+
+    def _noise(self, x, t):
+        return self.inner._noise(x, t)
+
+
+@pytest.fixture(scope="module")
+def drifting():
+    return lehr.AnnealedSMC(Drifting(P, 0.3), weights="both", **RUN | {"num_particles": 200}).run(0)
+
+
+def test_a_constant_that_drifts_opens_a_gap_as_wide(drifting):
+    np.testing.assert_allclose(drifting.levels["gap"][1:], 0.3 * np.diff(drifting.levels["log_snr"]), atol=2e-3)
+
+
+def test_both_weigh_by_energies_from_the_start(drifting):
+    assert drifting.log_evidence == pytest.approx(0.3 * drifting.levels["log_snr"][-1], abs=0.01)
+
+
+def observed(potential, scale):
+    def model(y):
+        x = numpyro.sample("x", lehr.Diffusion(potential))
+        numpyro.sample("y", dist.Normal(x, scale).to_event(1), obs=y)
+
+    return model
+
+
+def test_a_score_with_a_likelihood_gets_its_posterior_with_nothing_asked_for():
+    y = np.array([1.0, -1.0])
+    run = lehr.AnnealedSMC(observed(score_of(P), 0.6), num_particles=N, progress=False).run(0, y=jnp.asarray(y))
+    assert run.attrs["weights"] == "path"
+    assert "line-integral" in run.attrs["kernel"]
+    variance = 1 / (1 / P_STD**2 + 1 / 0.36)
+    mean = variance * (P_LOC / P_STD**2 + y / 0.36)
+    evidence = stats.norm(P_LOC, np.hypot(P_STD, 0.6)).logpdf(y).sum()
+    assert run.log_evidence_se < 0.2
+    assert abs(run.log_evidence - evidence) < 4 * run.log_evidence_se
+    x = run.get_samples()["x"]
+    assert np.abs((x.mean(0) - mean) / np.sqrt(4 * variance / N)).max() < 4  # a quarter of N effective
+    assert np.abs(x.var(0) / variance - 1).max() < 4 * np.sqrt(2 * 4 / N)
+    assert run.levels["loop_integral"].max() < 1e-2
+
+
+def test_a_score_of_two_modes_weighs_them_as_its_density_would():
+    """The likelihood sits between the modes, and no Gaussian could stand in for them."""
+    y, seeds = -0.4, 5
+    z = np.array([0.2, 0.8]) * stats.norm([-1.5, 1.0], np.hypot([0.15, 0.3], 0.6)).pdf(y)
+    smc = lehr.AnnealedSMC(observed(score_of(MODES), 0.6), **RUN | {"ladder": 24, "num_steps": 1})
+    runs = [smc.run(seed, y=jnp.array([y])) for seed in range(seeds)]
+    left = np.mean([(run.samples["x"] < -0.3).mean() for run in runs])
+    log_z = np.mean([run.log_evidence for run in runs])
+    assert abs(left - z[0] / z.sum()) < 4 * 0.042 / np.sqrt(seeds)  # .042 and .12: sd over 16 keys
+    assert abs(log_z - np.log(z.sum())) < 4 * 0.12 / np.sqrt(seeds)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("kernel", [lehr.ULA(), lehr.UHMC()])
+@pytest.mark.parametrize("weights", ["energy", "path", "both"])
+def test_no_weights_go_with_an_unadjusted_kernel(kernel, weights):
+    with pytest.raises(ValueError, match="leaves it biased"):
+        lehr.AnnealedSMC(P, kernel, weights=weights)
+
+
+@pytest.mark.parametrize("weights", ["energy", "both"])
+def test_energies_are_not_to_be_had_of_a_score(weights):
+    with pytest.raises(TypeError, match=weights):
+        lehr.AnnealedSMC(score_of(P), weights=weights, **RUN).run(0)
+
+
+@pytest.mark.parametrize("weights", ["energy", "both"])
+def test_nor_where_the_kernel_keeps_none(weights):
+    with pytest.raises(ValueError, match="keeps none"):
+        lehr.AnnealedSMC(P, lehr.HMC(metropolis="line-integral"), weights=weights, **RUN).run(0)
+
+
+@pytest.mark.parametrize("weights", ["score", "", "Path"])
+def test_unknown_weights_are_refused_by_the_names_of_the_known(weights):
+    with pytest.raises(ValueError, match='"energy", "path" or "both"'):
+        lehr.AnnealedSMC(P, weights=weights)
