@@ -20,7 +20,7 @@ from lehr.annealing.entry import Entry, Plan, conditional_ess, target_at
 from lehr.annealing.ladder import check_count, noisy_end
 from lehr.annealing.loop import Mover, per_chain, starter
 from lehr.annealing.tuning import SHORT_SHARE, curvature, squared_scale
-from lehr.annealing.weights import Particles, weigh
+from lehr.annealing.weights import Particles, Weights, weigh
 from lehr.kernels import Kernel
 from lehr.kernels.line_integral import PartlyKnown
 from lehr.programs.closure import Constants, Structure
@@ -37,6 +37,7 @@ def adaptive_times(
     path: Any,
     ess: float,
     kernel: Kernel | None,
+    weights: Weights | None,
     num_particles: int,
     num_steps: int,
     t_min: float | None,
@@ -48,7 +49,9 @@ def adaptive_times(
     if not 0 < ess < 1:
         raise ValueError(f"ess is a share of the particles, between 0 and 1; got {ess!r}.")
     check_count("max_levels", max_levels)
-    driver = AnnealedSMC(path, kernel, num_steps=num_steps, num_particles=num_particles, progress=False)
+    driver = AnnealedSMC(
+        path, kernel, num_steps=num_steps, num_particles=num_particles, weights=weights, progress=False
+    )
     program = driver.prepare(driver.path, t_min)
     path, structure, constants, plan = program.path, program.structure, program.constants, program.plan
     plan = plan._replace(num_warmup=WARMUP)

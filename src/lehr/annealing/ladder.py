@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike
 from lehr.schedules import Schedule
 
 if TYPE_CHECKING:
+    from lehr.annealing.weights import Weights
     from lehr.kernels import Kernel
     from lehr.potentials.base import Potential
     from lehr.programs.path import Path
@@ -95,6 +96,7 @@ class Ladder:
         ess: float = 0.9,
         *,
         kernel: Kernel | None = None,
+        weights: Weights | None = None,
         num_particles: int = 256,
         num_steps: int = 2,
         t_min: float | None = None,
@@ -113,6 +115,7 @@ class Ladder:
             path: a path that is bound to its data, or a potential.
             ess: the share, between 0 and 1; the closer to 1, the more levels.
             kernel: how the pilot moves; by default as :class:`~lehr.AnnealedSMC` does.
+            weights: how it is weighed, likewise.
             num_particles: of the pilot.
             num_steps: its transitions at each level, beside those that tune the step.
             t_min: the last level; by default where the blur is a tenth of the finest feature.
@@ -129,7 +132,9 @@ class Ladder:
         """
         from lehr.annealing.adaptive import adaptive_times  # the loop's parts; imported when used
 
-        return cls(adaptive_times(path, ess, kernel, num_particles, num_steps, t_min, t_max, max_levels, rng_key))
+        return cls(
+            adaptive_times(path, ess, kernel, weights, num_particles, num_steps, t_min, t_max, max_levels, rng_key)
+        )
 
     def __len__(self) -> int:
         return self.times.shape[0]

@@ -22,9 +22,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-__all__ = ["Kernel", "LogDensity", "Stats", "Step", "TunedKernel"]
+__all__ = ["Kernel", "LogDensity", "State", "Stats", "Step", "TunedKernel"]
 
 LogDensity = Callable[[Any], jax.Array]
+
+
+class State(NamedTuple):
+    """The least that a chain's state holds; a kernel may have a NamedTuple of its own with more."""
+
+    position: Any
+    logdensity: jax.Array
+    logdensity_grad: Any
 
 
 class Stats(NamedTuple):
