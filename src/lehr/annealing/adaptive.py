@@ -24,11 +24,11 @@ from lehr.annealing.weights import Particles, Weights, weigh
 from lehr.kernels import Kernel
 from lehr.kernels.line_integral import PartlyKnown
 from lehr.programs.closure import Constants, Structure
-from lehr.programs.reverse import Level
+from lehr.programs.reverse import Level, evaluations
 
 __all__ = ["adaptive_times"]
 
-LONGEST = 0.5
+LONGEST = {True: 1.0, False: 0.5}  # with and without the covariance of x₀
 BISECTIONS = 9
 WARMUP = 3
 
@@ -58,7 +58,7 @@ def adaptive_times(
     schedule = path.schedule
     end, here = float(np.asarray(program.ladder.times)[-1]), noisy_end(schedule, t_max)
     finish = float(schedule.log_snr(end))
-    longest = LONGEST if plan.weights == "path" else np.inf
+    longest = LONGEST[evaluations(path) > 1] if plan.weights == "path" else np.inf
     key = as_key(rng_key)
     dimension = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(path.init, key)))
     log_step = jnp.log(jnp.asarray(plan.kernel.initial_step_size(dimension), float))

@@ -36,7 +36,7 @@ from lehr.kernels import HMC, Kernel
 from lehr.potentials.base import Potential
 from lehr.programs.closure import Constants, Structure, close
 from lehr.programs.path import Path
-from lehr.programs.reverse import Level
+from lehr.programs.reverse import Level, evaluations
 
 __all__ = ["AnnealedMCMC", "AnnealedSMC", "Program", "Reverse", "as_key"]
 
@@ -251,8 +251,11 @@ class _Driver:
 
     def _plan(self, path: Path, kernel: Kernel, weights: Weights | None) -> Plan:
         tunes = _can_tune(path, kernel)
-        chooses = self.predictor == "auto" and weights == "energy"
         pilots = self.tuning is not None or (self.pilot > 0 and tunes)
+        # Models alone move by path weights, which are then free of noise. Beside a likelihood they may stay, where
+        # the covariance of x₀ is known: without it the ratio of densities is right along the proposal only.
+        may_stay = bool(pilots and path.other_sites) and evaluations(path) > 1
+        chooses = self.predictor == "auto" and (weights == "energy" or (weights is not None and may_stay))
         predictor = (Ancestral() if pilots else None) if self.predictor == "auto" else as_predictor(self.predictor)
         return Plan(
             kernel=kernel,

@@ -132,9 +132,17 @@ class Entry:
         by_energy = fresh.logdensity - chain.logdensity
         if not self.follows_path:
             return fresh, by_energy, jnp.zeros(())
-        by_path = (
-            self.structure.start_density(self.constants, chain.position, t) - chain.logdensity
-        )  # only at the start
+        t_from = self.times[jnp.maximum(k - 1, 0)]
+
+        def start() -> jax.Array:
+            return self.structure.start_density(self.constants, chain.position, t) - chain.logdensity
+
+        def on() -> jax.Array:
+            gradient = self.plan.kernel.gradient(chain)
+            step: ReverseStep = self.structure.reverse_step(self.constants, chain.position, gradient, t_from, t)
+            return step.log_stay + self._others(chain.position, t) - self._others(chain.position, t_from)
+
+        by_path = jax.lax.cond(k == 0, start, on)
         return fresh, by_energy if self.plan.weights == "both" else by_path, by_energy - by_path
 
     def _move(

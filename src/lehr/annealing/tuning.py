@@ -57,8 +57,8 @@ class Tuning(NamedTuple):
             ValueError: if they do not fit, or are not positive and finite.
         """
         try:
-            step_size = np.broadcast_to(np.asarray(self.step_size, np.float32), (num_levels,))
-            scale = np.broadcast_to(np.asarray(self.scale, np.float32), (num_levels, dimension))
+            step_size = np.broadcast_to(np.asarray(self.step_size, np.float64), (num_levels,))
+            scale = np.broadcast_to(np.asarray(self.scale, np.float64), (num_levels, dimension))
         except ValueError:
             raise ValueError(
                 f"a Tuning for {num_levels} levels and {dimension} coordinates needs a step_size of shape () or "
@@ -68,9 +68,10 @@ class Tuning(NamedTuple):
         for name, value in (("step_size", step_size), ("scale", scale)):
             if not np.all(np.isfinite(value) & (value > 0)):
                 raise ValueError(f"the {name} of a Tuning must be positive and finite.")
-        curvature = np.broadcast_to(np.asarray(self.curvature, np.float32), (num_levels, dimension))
+        curvature = np.broadcast_to(np.asarray(self.curvature, np.float64), (num_levels, dimension))
         moves = np.broadcast_to(np.asarray(self.moves, bool), (num_levels,))
-        return Tuning(*(jnp.asarray(c) for c in (step_size, scale, np.float32(self.short_share), curvature, moves)))
+        floats = (jnp.asarray(c, float) for c in (step_size, scale, self.short_share, curvature))
+        return Tuning(*floats, jnp.asarray(moves))
 
 
 def gain(i: jax.Array, num_warmup: int) -> jax.Array:

@@ -19,6 +19,9 @@ All of r_i and f being Gaussian, so is G = f Π (r_i/f)^{w_i} as a function of x
 then the weight does not depend on where x falls, and is ∫ G dx. Where there is a likelihood, K
 is moved along its gradient, by no more than a few of its own standard deviations.
 
+The ratio holds for any pair of points, so a chain may also stay where it is, x = x', and gain
+Π (r_i/f)^{w_i} there.
+
 The covariance costs one derivative of the denoiser for each coordinate of an event. It is used for events of up
 to :data:`SMALL` numbers.
 
@@ -74,6 +77,7 @@ class ReverseStep(NamedTuple):
         log_det: the logarithm of its determinant.
         shift: by which the likelihood moves it, in units of ``root``, shape (D,).
         log_weight: log ∫ G dx.
+        log_stay: log Π (r_i/f)^{w_i} for a chain that stays where it is: the change of log density there.
         excess: what had to be added to the precision of G along each column of ``root`` to make a
             density of it, times that precision: zeros, but for powers and contrasts that are none.
     """
@@ -83,6 +87,7 @@ class ReverseStep(NamedTuple):
     log_det: jax.Array
     shift: jax.Array
     log_weight: jax.Array
+    log_stay: jax.Array
     excess: jax.Array
 
     def draw(self, rng_key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -146,7 +151,8 @@ def reverse_step(path: Path, position: Position, gradient: Position, t_from: Arr
         root, mean, log_det = values**-0.5, slope / values, jnp.sum(jnp.log(values))
     log_weight = constant + jnp.dot(slope, mean) / 2 + (flat.size * math.log(2 * math.pi) - log_det) / 2
     shift = _shift(path, position, gradient, root, t_from, noisy, clean)
-    return ReverseStep(mean, root, -log_det / 2, shift, log_weight, (values - bare) * values)
+    log_stay = log_g(flat) - log_forward(flat, flat, noisy, clean)
+    return ReverseStep(mean, root, -log_det / 2, shift, log_weight, log_stay, (values - bare) * values)
 
 
 def start_density(path: Path, position: Position, t: ArrayLike) -> jax.Array:

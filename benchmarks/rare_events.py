@@ -1,0 +1,126 @@
+"""The probability that a mixture of seven Gaussians exceeds a threshold, down to 1.4e-5, by evidence.
+
+The event is a likelihood: a logistic step of width S at the threshold, whose excess over the true step is weighed
+away at the end. On the way down it reads the probability of the event given x_t, by a guidance strategy of ten
+lines. Ratio: estimated over exact probability; CV: its standard deviation over seeds. The budget is 100,000
+gradient evaluations a run; one ladder, placed before by conditional ESS, serves all seeds.
+`python benchmarks/rare_events.py [seeds]`
+"""
+
+import sys
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from report import report
+from scipy import stats
+
+import lehr
+from lehr.programs.guidance import Guidance
+
+MASSES = np.array([0.10, 0.18, 0.14, 0.22, 0.10, 0.16, 0.10])
+LOCS = np.array([(-6, -2), (-4, 4), (-1, -5), (-10, 3), (4, 3), (4, -3), (5, 0)], float)
+COVARIANCES = np.array(
+    [
+        [[0.36, 0.30], [0.30, 0.81]],
+        [[0.81, -0.25], [-0.25, 0.49]],
+        [[0.49, 0.20], [0.20, 0.81]],
+        [[0.04, 0.04], [0.04, 0.09]],
+        [[2.40, 1.85], [1.85, 2.00]],
+        [[2.40, -1.85], [-1.85, 2.00]],
+        [[0.30, 0.00], [0.00, 0.30]],
+    ]
+)
+PRIOR = lehr.GaussianMixture(LOCS, np.linalg.cholesky(COVARIANCES), MASSES, lehr.VPLinear())
+S = 0.05
+SCORES = {"metropolis": "line-integral", "integrate_energies": True}
+SETTINGS = {
+    "energies": {"kernel": lehr.HMC(2), "ess": 0.8, "num_particles": 2100, "weights": "energy"},
+    "scores": {"kernel": lehr.MALA(**SCORES), "ess": 0.7, "num_particles": 1000, "weights": "path"},
+}
+
+
+class Step(dist.Distribution):
+    """Observed always; its log density is that of ``height`` to exceed ``threshold``, by a logistic step."""
+
+    support = dist.constraints.real
+    pytree_data_fields = ("height", "threshold")
+
+    def __init__(self, height, threshold):
+        self.height, self.threshold = height, threshold
+        super().__init__((), ())
+
+    def log_prob(self, value):
+        return jax.nn.log_sigmoid((self.height - self.threshold) / S)
+
+
+@dataclass(frozen=True)
+class Crossing(Guidance):
+    """The step as it looks through a Gaussian posterior of x₀: wider by the posterior's spread."""
+
+    threshold: float
+    variance: float = 8.0
+
+    def estimate(self, x, score, copies, alpha, sigma):
+        expected = (x + sigma**2 * score) / alpha
+        spread = self.variance * sigma**2 / (sigma**2 + alpha**2 * self.variance)
+        return self.threshold + (expected - self.threshold) / jnp.sqrt(1 + spread / (1.7 * S) ** 2)
+
+
+def model(threshold):
+    x = numpyro.sample("x", lehr.Diffusion(PRIOR))
+    numpyro.sample("event", Step(x[0], threshold), obs=jnp.zeros(()))
+
+
+def probability(run, threshold):
+    """The evidence with the logistic step exchanged for the true one."""
+    height = run.particles["x"][:, 0]
+    excess = (height >= threshold) * (1 + np.exp(-(height - threshold) / S))
+    return np.exp(run.log_evidence) * np.sum(np.exp(run.log_weights) * excess)
+
+
+def main(seeds=24):
+    rows, results = [], {}
+    for name, how in SETTINGS.items():
+        for threshold in (7.0, 8.0, 9.0, 10.0):
+            tail = stats.norm.sf(threshold, LOCS[:, 0], np.sqrt(COVARIANCES[:, 0, 0]))
+            exact = float(MASSES @ tail)
+            path = lehr.Path(model, guidance={"event": Crossing(threshold)})
+            kernel, ess, weights = how["kernel"], how["ess"], how["weights"]
+            ladder = lehr.Ladder.adaptive(
+                path(threshold),
+                ess,
+                kernel=kernel,
+                weights=weights,
+                num_steps=1,
+                num_particles=512,
+                t_min=0.003,
+                t_max=0.85,
+            )
+            smc = lehr.AnnealedSMC(
+                path, kernel, ladder, 1, num_particles=how["num_particles"], weights=weights, pilot=32, progress=False
+            )
+            runs = [smc.run(seed, threshold) for seed in range(seeds)]
+            ratios = np.array([probability(run, threshold) for run in runs]) / exact
+            error, cv = ratios.std(ddof=1) / np.sqrt(seeds), ratios.std(ddof=1) / ratios.mean()
+            made = runs[0].attrs["evaluations_per_chain"] * how["num_particles"]
+            results[f"{name} {threshold:g}"] = {"ratio": ratios.tolist(), "cv": cv, "evaluations": made}
+            row = (
+                name,
+                f"{threshold:g}",
+                f"{exact:.3e}",
+                len(ladder),
+                f"{made:.0f}",
+                f"{ratios.mean():.3f} ± {error:.3f}",
+            )
+            rows.append((*row, f"{cv:.3f}"))
+            print(*rows[-1], sep="  ", flush=True)
+    columns = ("from", "threshold", "exact", "levels", "evaluations", "ratio", "CV")
+    report("rare_events", f"Rare events, {seeds} seeds", columns, rows, results)
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
