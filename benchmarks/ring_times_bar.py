@@ -52,22 +52,23 @@ def reference(prior):
 
 
 def ours(prior):
+    tuned = {"pilot": 0, "num_warmup": 1}  # within each level: nothing to share among few seeds
+
     def smc(kernel, ladder, num_steps, **how):
-        how = {"num_particles": N, "pilot": 32, "progress": False, **how}
-        return lehr.AnnealedSMC(prior, kernel, ladder, num_steps, **how)
+        return lehr.AnnealedSMC(prior, kernel, ladder, num_steps, num_particles=N, progress=False, **how)
 
     def mcmc(kernel, ladder, num_steps, **how):
-        how = {"num_chains": N, "num_samples": 1, "pilot": 32, "progress": False, **how}
+        how = {"num_chains": N, "num_samples": 1, "progress": False, **how}
         return lehr.AnnealedMCMC(prior, kernel, ladder, num_steps, **how)
 
     return {
-        "AnnealedSMC, HMC": smc(lehr.HMC(3), 46, 1),
-        "AnnealedSMC, MALA": smc(lehr.MALA(), 36, 4),
-        "AnnealedSMC, path, HMC from scores": smc(lehr.HMC(2, **SCORES), 26, 1, weights="path"),
-        "AnnealedSMC, path, MALA from scores": smc(lehr.MALA(**SCORES), 36, 1, weights="path"),
-        "AnnealedMCMC, HMC": mcmc(lehr.HMC(3), 46, 1),
-        "AnnealedMCMC, HMC from scores": mcmc(lehr.HMC(3, **SCORES), 46, 1),
-        "AnnealedMCMC, HMC, heun": mcmc(lehr.HMC(3), 38, 1, predictor="heun"),
+        "AnnealedSMC, HMC": smc(lehr.HMC(3), 28, 1, **tuned),
+        "AnnealedSMC, MALA": smc(lehr.MALA(), 28, 5, **tuned),
+        "AnnealedSMC, path, HMC from scores": smc(lehr.HMC(2, **SCORES), 26, 1, weights="path", pilot=32),
+        "AnnealedSMC, path, MALA from scores": smc(lehr.MALA(**SCORES), 36, 1, weights="path", pilot=32),
+        "AnnealedMCMC, HMC": mcmc(lehr.HMC(3), 28, 1, **tuned),
+        "AnnealedMCMC, HMC from scores": mcmc(lehr.HMC(3, **SCORES), 28, 1, **tuned),
+        "AnnealedMCMC, HMC, heun": mcmc(lehr.HMC(3), 25, 1, predictor="heun", **tuned),
         "Reverse, heun": lehr.Reverse(prior, "heun", 100, N, progress=False),
     }
 

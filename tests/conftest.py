@@ -14,10 +14,21 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # ArviZ 0.x announces its successor when it is first imported
     import arviz  # noqa: F401
 
+import gc
+
+import jax
 import jax.numpy as jnp
 import pytest
 
 import lehr
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Let go of a module's compiled programs: a process may map only so many pieces of code (65,530 by default)."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

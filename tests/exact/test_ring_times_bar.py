@@ -52,6 +52,7 @@ def test_smc_knows_the_evidence(exact):
     assert abs(log_z.mean() - LOG_EVIDENCE) <= 3 * 0.042 / np.sqrt(len(log_z))  # .042: sd over 40 other seeds
 
 
+@pytest.mark.slow
 def test_the_estimated_error_of_the_evidence_is_of_the_right_size(ring, bar):
     smc = lehr.AnnealedSMC(ring * bar, lehr.HMC(3), num_particles=2000, **COST)
     errors = [smc.run(seed).log_evidence_se for seed in SEEDS]

@@ -152,6 +152,7 @@ def test_unadjusted_kernels_are_biased_by_no_more_than_their_step(kernel, kind):
     assert not stats.is_divergent.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernel", "kind"),
     [
@@ -170,6 +171,7 @@ def test_adjusted_kernels_come_down_a_ladder_to_the_right_moments(kernel, kind):
     assert levels["diverging"].sum() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernel", "kind"),
     [(lehr.ULA(), "product"), (lehr.MCLMC(), "exact")],

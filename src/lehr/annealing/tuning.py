@@ -70,8 +70,8 @@ class Tuning(NamedTuple):
                 raise ValueError(f"the {name} of a Tuning must be positive and finite.")
         curvature = np.broadcast_to(np.asarray(self.curvature, np.float64), (num_levels, dimension))
         moves = np.broadcast_to(np.asarray(self.moves, bool), (num_levels,))
-        floats = (jnp.asarray(c, float) for c in (step_size, scale, self.short_share, curvature))
-        return Tuning(*floats, jnp.asarray(moves))
+        steps, scales, share, bends = (jnp.asarray(c, float) for c in (step_size, scale, self.short_share, curvature))
+        return Tuning(steps, scales, share, bends, jnp.asarray(moves))
 
 
 def gain(i: jax.Array, num_warmup: int) -> jax.Array:

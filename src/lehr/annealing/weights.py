@@ -6,7 +6,7 @@ particle that a proposal K took from x' to x gains
     energies   log π_t(x, θ) − log π_t'(x', θ) + log f(x' | x) − log K(x | x')
     path       log Π_i (r_i/f)^{w_i} + log f − log K + log L_t(x, θ) − log L_t'(x', θ)
 
-or, left where it is, log π_t(x) − log π_t'(x). Both are had where both are asked for, and their
+or, left where it is, the same without f and K at x = x'. Both are had where both are asked for, and their
 difference, averaged over the particles, is the *gap*: zero if energies are calibrated and steps
 short. Before the first level x' is a draw from the start, whose density stands for π_t'.
 
