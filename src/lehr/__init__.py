@@ -5,6 +5,8 @@ with each other and with likelihoods; BlackJAX kernels sample the result down an
 ladder; ArviZ tells whether to believe it.
 """
 
+import numpyro  # noqa: F401  # whole, before any part: ArviZ 1.x leaves a lazy NumPyro behind, whose parts load twice
+
 from lehr.annealing.drivers import AnnealedMCMC, AnnealedSMC, Reverse
 from lehr.annealing.exchange import ReplicaExchange
 from lehr.annealing.ladder import Ladder
