@@ -59,15 +59,14 @@ class Step(dist.Distribution):
 
 @dataclass(frozen=True)
 class Crossing(Guidance):
-    """The step as it looks through a Gaussian posterior of x₀: wider by the posterior's spread."""
+    """The step as it looks through the posterior of x₀ given x_t: wider by the spread of the height."""
 
-    threshold: float
-    variance: float = 8.0
-
-    def estimate(self, x, score, copies, alpha, sigma):
-        expected = (x + sigma**2 * score) / alpha
-        spread = self.variance * sigma**2 / (sigma**2 + alpha**2 * self.variance)
-        return self.threshold + (expected - self.threshold) / jnp.sqrt(1 + spread / (1.7 * S) ** 2)
+    def log_prob(self, noisy):
+        (site,) = noisy.read_clean()
+        height, push = jax.linearize(lambda x: noisy.read_clean(x)[0]["fn"].height, noisy.denoised)
+        (pulled,) = jax.linear_transpose(push, noisy.denoised)(1.0)
+        variance = jnp.maximum(push(noisy.spread()(pulled)), 0.0)
+        return jax.nn.log_sigmoid((height - site["fn"].threshold) / jnp.sqrt(S**2 + variance / 1.7**2))
 
 
 def model(threshold):
@@ -88,7 +87,7 @@ def main(seeds=24):
         for threshold in (7.0, 8.0, 9.0, 10.0):
             tail = stats.norm.sf(threshold, LOCS[:, 0], np.sqrt(COVARIANCES[:, 0, 0]))
             exact = float(MASSES @ tail)
-            path = lehr.Path(model, guidance={"event": Crossing(threshold)})
+            path = lehr.Path(model, guidance={"event": Crossing()})
             kernel, ess, weights = how["kernel"], how["ess"], how["weights"]
             ladder = lehr.Ladder.adaptive(
                 path(threshold),

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -34,8 +34,9 @@ from numpyro.infer.util import constrain_fn
 
 from lehr.potentials.base import SCORE_IS_NO_ENERGY, Potential, check_time
 from lehr.potentials.operators import members
+from lehr.predictions import TINY
 from lehr.programs.diffusion import Diffusion, diffusions, noise_level
-from lehr.programs.guidance import Guidance, Tweedie
+from lehr.programs.guidance import Guidance, Noisy, Tweedie
 from lehr.programs.reading import Quadratic, is_energy, known, quadratic, unknown
 from lehr.schedules import Schedule
 
@@ -124,24 +125,40 @@ class Path:
 
         if not self.other_sites:
             return models(x)
-        if any(g.uses_score for g in self._strategies):
-            value, score = jax.value_and_grad(models)(x)
-            copies = self.copies(position, t)
-        else:
-            value, score, copies = models(x), x, x
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        at_end = t <= self.end
+        share = jnp.where(at_end, 1.0, alpha**2 / (alpha**2 + sigma**2))
+        scale = jnp.where(at_end, 1.0, jnp.maximum(alpha, TINY))
+        uses_score = any(g.uses_score for g in self._strategies)
+        value, score = jax.value_and_grad(models)(x) if uses_score else (models(x), None)
+        copies = self.copies(position, t) if uses_score else jax.tree.map(jnp.ones_like, x)
+        gain = {k: jnp.where(at_end, 0.0, sigma**2 / jnp.where(w > 0, w, 1.0) / scale) for k, w in copies.items()}
+
+        def denoise(x: Position, score: Position | None = None) -> Position:
+            score = jax.grad(models)(x) if score is None else score
+            return {k: x[k] / scale + gain[k] * score[k] for k in x}
+
+        def sites(x: Position, t: jax.Array) -> list[Site]:
+            return self.trace(position, x, t)
+
+        def log_prob(sites: Iterable[Site]) -> jax.Array:
+            sites = list(sites)
+            return total_log_prob(sites) + self._log_jacobian(sites, position)
+
+        denoised = denoise(x, score) if uses_score else x
+        return value + self._read(Noisy(x, denoised, denoise, gain, share, t, self.end, sites, log_prob))
+
+    def _read(self, noisy: Noisy) -> jax.Array:
+        """Σ over the ordinary sites, each weighed as its strategy has it."""
+        total = jnp.zeros(())
         for strategy, names in self._strategies.items():
-            read = {
-                name: jnp.where(
-                    t <= self.end, x[name], strategy.estimate(x[name], score[name], copies[name], alpha, sigma)
-                )
-                for name in x
-            }
-            sites = self.trace(position, read, t)
-            value += total_log_prob(site for site in sites if site["name"] in names) + self._log_jacobian(
-                sites, position, names
-            )
-        return value
+
+            def sites(x: Position, t: jax.Array, names: set[str] = names) -> list[Site]:
+                return [site for site in noisy.sites(x, t) if site["name"] in names]
+
+            denoised = noisy.denoised if strategy.uses_score else noisy.x
+            total += strategy.log_prob(noisy._replace(denoised=denoised, sites=sites))
+        return total
 
     def unknown(self, position: Position, t: ArrayLike) -> jax.Array:
         """Zero, with the gradient of the part of log π_t that :meth:`surrogate` lacks the value of."""
@@ -176,7 +193,7 @@ class Path:
         t = check_time(t)
         sites = self.trace(position, self.origin(), t)
         log_prior = total_log_prob(_as_drawn(site) for site in sites if site["name"] in self.latent_sites)
-        log_prior += self._log_jacobian(sites, position, self.latent_sites)
+        log_prior += self._log_jacobian(sites, position)
         means, precisions = self.quadratic("moments", position, t)
         gaussian = [
             jnp.sum(jnp.log(precisions[k] / (2 * math.pi)) - precisions[k] * (position[k] - means[k]) ** 2) / 2
@@ -262,7 +279,7 @@ class Path:
         self.factor_sites = tuple(s["name"] for s in sites if diffusions(s["fn"]))
         self.score_sites = tuple(s["name"] for s in sites if not all(is_energy(d) for d in diffusions(s["fn"])))
         self.without_denoiser = tuple(s["name"] for s in sites if diffusions(s["fn"]) and not _is_reversible(s["fn"]))
-        self._strategies = self._assign(self.guidance)
+        self._strategies = self._assign(self.guidance, {s["name"]: s for s in others})
 
     def _discover(self) -> list[Site]:
         """The model's sample sites, found by tracing it once with nothing computed."""
@@ -279,7 +296,7 @@ class Path:
         self._shapes = {s["name"]: jnp.shape(s["value"]) for s in found if diffusions(s["fn"]) and not s["is_observed"]}
         return found
 
-    def _assign(self, guidance: dict[str | None, Guidance]) -> dict[Guidance, set[str]]:
+    def _assign(self, guidance: dict[str | None, Guidance], found: dict[str, Site]) -> dict[Guidance, set[str]]:
         """Which strategy reads for which of the sites that are not diffusions."""
         unknown = [name for name in guidance if name is not None and name not in self.other_sites]
         if unknown:
@@ -289,7 +306,9 @@ class Path:
             )
         assigned: dict[Guidance, set[str]] = {}
         for name in self.other_sites:
-            assigned.setdefault(guidance.get(name, guidance[None]), set()).add(name)
+            strategy = guidance.get(name, guidance[None])
+            strategy.check(found[name])
+            assigned.setdefault(strategy, set()).add(name)
         return assigned
 
     def bound_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -350,11 +369,11 @@ class Path:
         precision = jax.tree.map(lambda p: jnp.where(p > 0, p, 1.0), precision)
         return jax.tree.map(jnp.divide, slope, precision), precision
 
-    def _log_jacobian(self, sites: list[Site], position: Position, names: Any) -> jax.Array:
-        """Σ log |∂ value/∂ unconstrained| of the ordinary latents among ``names``."""
+    def _log_jacobian(self, sites: list[Site], position: Position) -> jax.Array:
+        """Σ log |∂ value/∂ unconstrained| of the ordinary latents among ``sites``."""
         total = jnp.zeros(())
         for site in sites:
-            if site["name"] in self.latent_sites and site["name"] in names:
+            if site["name"] in self.latent_sites:
                 transform = biject_to(site["fn"].support)
                 total += jnp.sum(transform.log_abs_det_jacobian(position[site["name"]], site["value"]))
         return total

@@ -2,7 +2,8 @@ r"""L_t(y | x_t) = L(y | x_t): the likelihood reads the noisy x.
 
 Free, and far too sure of itself at high noise: for a Gaussian prior at t = 1 the posterior
 precision comes out 11.9 where .94 is right. Serves where the likelihood is weak, and for
-likelihoods that were trained on noisy x.
+likelihoods that were trained on noisy x, such as a classifier of x_t that asks for
+:func:`~lehr.current_level`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 import jax
 
-from lehr.programs.guidance.base import Guidance
+from lehr.programs.guidance.base import Guidance, Noisy
 
 __all__ = ["Raw"]
 
@@ -22,7 +23,5 @@ class Raw(Guidance):
 
     uses_score = False
 
-    def estimate(
-        self, x: jax.Array, score: jax.Array, copies: jax.Array, alpha: jax.Array, sigma: jax.Array
-    ) -> jax.Array:
-        return x
+    def log_prob(self, noisy: Noisy) -> jax.Array:
+        return noisy.log_prob(noisy.sites(noisy.x, noisy.t))

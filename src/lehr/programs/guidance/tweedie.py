@@ -20,10 +20,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 
-from lehr.predictions import TINY
-from lehr.programs.guidance.base import Guidance
+from lehr.programs.guidance.base import Guidance, Noisy
 
 __all__ = ["Tweedie"]
 
@@ -32,7 +30,5 @@ __all__ = ["Tweedie"]
 class Tweedie(Guidance):
     """The likelihood reads E[x₀ | x_t]; costs a second derivative of an energy."""
 
-    def estimate(
-        self, x: jax.Array, score: jax.Array, copies: jax.Array, alpha: jax.Array, sigma: jax.Array
-    ) -> jax.Array:
-        return (x + sigma**2 * score / jnp.where(copies > 0, copies, 1.0)) / jnp.maximum(alpha, TINY)
+    def log_prob(self, noisy: Noisy) -> jax.Array:
+        return noisy.log_prob(noisy.read_clean())
