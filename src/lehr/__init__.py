@@ -20,6 +20,7 @@ from lehr.potentials.analytic import ExactPotential, Gaussian, GaussianMixture, 
 from lehr.potentials.base import EnergyPotential, Potential, ScorePotential
 from lehr.potentials.network import EnergyNetwork, ScoreNetwork
 from lehr.potentials.operators import Contrast, Mixture, Power, Product
+from lehr.potentials.region import Region
 from lehr.potentials.reschedule import with_schedule
 from lehr.programs import guidance
 from lehr.programs.diffusion import Diffusion, noise_level
@@ -58,6 +59,7 @@ __all__ = [
     "Product",
     "Recipe",
     "RectifiedFlow",
+    "Region",
     "ReplicaExchange",
     "Restart",
     "Reverse",

@@ -65,7 +65,8 @@ class Potential(eqx.Module):
         schedule: the noise schedule that gives t its meaning.
         event_shape: shape of x.
         total_weight: the number of times that the noise is counted in p_t: 1 for a diffused
-            density, Σ w_i for a product Π p_i^{w_i}, whose members each carry the same noise.
+            density, Σ w_i for a product Π p_i^{w_i}, whose members each carry the same noise; a
+            scalar, or an array of the event's shape where members see parts of x.
     """
 
     # Not under `from __future__ import annotations`: equinox reads an AbstractVar in a string as a field.
@@ -91,6 +92,11 @@ class Potential(eqx.Module):
     @property
     def total_weight(self) -> jax.Array:
         return jnp.ones(())
+
+    @property
+    def covered(self) -> np.ndarray:
+        """Which numbers of x the density is proper in, of the event's shape: all, but for a region of a canvas."""
+        return np.ones(self.event_shape, bool)
 
     @property
     def is_calibrated(self) -> bool:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -44,6 +44,7 @@ from lehr.potentials.base import (
     concrete,
     replace,
 )
+from lehr.potentials.region import EnergyRegion, ScoreRegion, on_one_canvas
 from lehr.potentials.reschedule import with_schedule
 from lehr.predictions import TINY
 from lehr.schedules import Schedule
@@ -58,7 +59,6 @@ __all__ = [
     "Product",
     "ScoreProduct",
     "factors",
-    "members",
 ]
 
 
@@ -73,7 +73,7 @@ def Product(potentials: Sequence[Potential], weights: ArrayLike | None = None) -
         TypeError: if a member is not a potential.
         ValueError: if event shapes differ, the list is empty, or weights do not fit it.
     """
-    potentials = list(potentials)
+    potentials = on_one_canvas(list(potentials))
     check_event_shapes(potentials, "Product")
     given = jnp.ones(len(potentials)) if weights is None else jnp.asarray(weights, float)
     if given.shape != (len(potentials),):
@@ -128,9 +128,14 @@ def Mixture(  # noqa: N802
         TypeError: if a member is a score: a mixture needs relative masses, which scores do not know.
         ValueError: if event shapes differ, or the vectors do not fit.
     """
-    potentials = list(potentials)
+    potentials = on_one_canvas(list(potentials))
     check_event_shapes(potentials, "Mixture")
     for p in potentials:
+        if not np.all(p.covered):
+            raise ValueError(
+                "Mixture needs members that are densities of all of x; one of them is a Region that leaves numbers of "
+                "the canvas unseen. Multiply it by a model of the rest first."
+            )
         if not isinstance(p, EnergyPotential):
             raise TypeError(
                 f"Mixture needs energies, since it weighs its members by their densities; {type(p).__name__} is "
@@ -179,6 +184,7 @@ def Contrast(p: Potential, q: Potential, weight: ArrayLike = 1.0, floor: ArrayLi
             floor, or for a negative weight or a floor that is not positive.
         TypeError: if a floor is asked of a score.
     """
+    p, q = on_one_canvas([p, q])
     check_event_shapes([p, q], "Contrast")
     w = jnp.asarray(weight, float)
     known = concrete(w)
@@ -191,15 +197,24 @@ def Contrast(p: Potential, q: Potential, weight: ArrayLike = 1.0, floor: ArrayLi
     return Product([p, q], jnp.stack([1 + w, -w]))
 
 
-def members(potential: Potential) -> tuple[Potential, ...]:
+class Factor(NamedTuple):
+    """One of the models that a potential is a product of: p(x[slices])^weight."""
+
+    weight: jax.Array
+    potential: Potential
+    slices: tuple[Any, ...]
+
+
+def factors(potential: Potential) -> list[Factor]:
     """What a potential is a product of: itself, if it is none."""
-    return potential.members if isinstance(potential, _Product) else (potential,)
-
-
-def factors(potential: Potential) -> list[tuple[jax.Array, Potential]]:
-    """The :func:`members` p_i with their exponents w_i, as pairs (w_i, p_i)."""
-    weights = potential.weights if isinstance(potential, _Product) else jnp.ones(1)
-    return list(zip(weights, members(potential), strict=True))
+    if isinstance(potential, _Product):
+        pairs = zip(potential.weights, potential.members, strict=True)
+        return [f._replace(weight=w * f.weight) for w, p in pairs for f in factors(p)]
+    if isinstance(potential, EnergyRegion | ScoreRegion):
+        inner = factors(potential.potential)
+        if all(f.slices == (...,) for f in inner):
+            return [f._replace(slices=potential.slices) for f in inner]
+    return [Factor(jnp.ones(()), potential, (...,))]
 
 
 class _Product(Potential):
@@ -213,6 +228,15 @@ class _Product(Potential):
     @property
     def total_weight(self) -> jax.Array:
         return sum((w * p.total_weight for w, p in zip(self.weights, self.members, strict=True)), jnp.zeros(()))
+
+    @property
+    def covered(self) -> np.ndarray:
+        weights = concrete(self.weights)
+        positive = np.ones(len(self.members), bool) if weights is None else weights > 0
+        seen = np.zeros(self.event_shape, bool)
+        for member, keeps in zip(self.members, positive, strict=True):
+            seen |= keeps & member.covered
+        return seen
 
     @property
     def is_calibrated(self) -> bool:
@@ -234,7 +258,8 @@ class _Product(Potential):
         weights = jnp.where(jnp.sum(column * precisions, 0) > 0.1 * precisions[0], column, jnp.maximum(column, 0.0))
         weights = jnp.where(jnp.sum(weights, 0) > 0, weights, 1.0)
         precision = jnp.sum(weights * precisions, 0)
-        return Moments(jnp.sum(weights * precisions * jnp.stack(means), 0) / precision, precision**-0.5)
+        mean = jnp.sum(weights * precisions * jnp.stack(means), 0) / jnp.where(precision > 0, precision, 1.0)
+        return Moments(mean, precision**-0.5)
 
     def width(self, t: ArrayLike) -> jax.Array:
         narrow = sum(jnp.maximum(w, 0.0) / p.width(t) ** 2 for w, p in zip(self.weights, self.members, strict=True))

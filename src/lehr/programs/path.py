@@ -33,7 +33,7 @@ from numpyro.distributions.util import is_identically_one
 from numpyro.infer.util import constrain_fn
 
 from lehr.potentials.base import SCORE_IS_NO_ENERGY, Potential, check_time
-from lehr.potentials.operators import members
+from lehr.potentials.operators import factors
 from lehr.predictions import TINY
 from lehr.programs.diffusion import Diffusion, diffusions, noise_level
 from lehr.programs.guidance import Guidance, Noisy, Tweedie
@@ -175,18 +175,19 @@ class Path:
         """One draw of where chains start at level t: an unconstrained position."""
         t = check_time(t)
         key_latent, key_x = jax.random.split(rng_key)
-        sites = self.trace({}, self.origin(), t, rng_key=key_latent)
-        position = {
-            site["name"]: biject_to(site["fn"].support).inv(site["value"])
-            for site in sites
-            if site["name"] in self.latent_sites
-        }
+        position = self._draw_latents(key_latent, t)
         means, precisions = self.quadratic("moments", position, t)
         for i, name in enumerate(self.diffusion_sites):
             key = jax.random.fold_in(key_x, i)
             noise = jax.random.normal(key, means[name].shape)
             position[name] = means[name] + noise * precisions[name] ** -0.5
         return position
+
+    def _draw_latents(self, rng_key: jax.Array, t: jax.Array) -> Position:
+        """The ordinary latents from their prior, with x = 0; unconstrained."""
+        sites = self.trace({}, self.origin(), t, rng_key=rng_key)
+        latents = (site for site in sites if site["name"] in self.latent_sites)
+        return {site["name"]: biject_to(site["fn"].support).inv(site["value"]) for site in latents}
 
     def log_start(self, position: Position, t: ArrayLike = 1.0) -> jax.Array:
         """The log density, normalised, of what :meth:`init` draws at level t."""
@@ -279,6 +280,8 @@ class Path:
         self.factor_sites = tuple(s["name"] for s in sites if diffusions(s["fn"]))
         self.score_sites = tuple(s["name"] for s in sites if not all(is_energy(d) for d in diffusions(s["fn"])))
         self.without_denoiser = tuple(s["name"] for s in sites if diffusions(s["fn"]) and not _is_reversible(s["fn"]))
+        if not all(np.all(d.potential.covered) for s in sites for d in diffusions(s["fn"]) if not s["is_observed"]):
+            self._refuse_holes()
         self._strategies = self._assign(self.guidance, {s["name"]: s for s in others})
 
     def _discover(self) -> list[Site]:
@@ -295,6 +298,20 @@ class Path:
                 _refuse_nan(f"the observation at site {site['name']!r}", site["value"])
         self._shapes = {s["name"]: jnp.shape(s["value"]) for s in found if diffusions(s["fn"]) and not s["is_observed"]}
         return found
+
+    def _refuse_holes(self) -> None:
+        """Raise a ValueError where no factor holds x: no region sees it, and no observed site."""
+        _, precisions = self._curvature("moments", self._draw_latents(jax.random.key(0), jnp.ones(())), jnp.ones(()))
+        for name, precision in precisions.items():
+            hole = ~np.asarray(precision > 0)
+            if np.any(hole):
+                ends = zip(np.min(np.argwhere(hole), 0), np.max(np.argwhere(hole), 0) + 1, strict=True)
+                where = ", ".join(f"{low}:{high}" for low, high in ends)
+                raise ValueError(
+                    f"the canvas of site {name!r}, of shape {hole.shape}, has a hole: no model sees {int(hole.sum())} "
+                    f"of its numbers, within {name}[{where}], and the density is none. Cover them by another Region or "
+                    "by an observed Diffusion site."
+                )
 
     def _assign(self, guidance: dict[str | None, Guidance], found: dict[str, Site]) -> dict[Guidance, set[str]]:
         """Which strategy reads for which of the sites that are not diffusions."""
@@ -356,6 +373,12 @@ class Path:
     def quadratic(self, kind: Quadratic, position: Position, t: ArrayLike) -> tuple[Position, Position]:
         """Mean and precision, coordinate by coordinate, of the sum of a quadratic reading of all
         diffusion sites, as a function of x."""
+        slope, precision = self._curvature(kind, position, t)
+        precision = jax.tree.map(lambda p: jnp.where(p > 0, p, 1.0), precision)
+        return jax.tree.map(jnp.divide, slope, precision), precision
+
+    def _curvature(self, kind: Quadratic, position: Position, t: ArrayLike) -> tuple[Position, Position]:
+        """Slope at x = 0, and minus the curvature, of that sum."""
 
         def total(x: Position) -> jax.Array:
             sites = self.trace(position, x, t)
@@ -365,9 +388,7 @@ class Path:
         origin = self.origin()
         slope = jax.grad(total)(origin)
         moved = jax.grad(total)(jax.tree.map(jnp.ones_like, origin))
-        precision = jax.tree.map(lambda a, b: a - b, slope, moved)
-        precision = jax.tree.map(lambda p: jnp.where(p > 0, p, 1.0), precision)
-        return jax.tree.map(jnp.divide, slope, precision), precision
+        return slope, jax.tree.map(jnp.subtract, slope, moved)
 
     def _log_jacobian(self, sites: list[Site], position: Position) -> jax.Array:
         """Σ log |∂ value/∂ unconstrained| of the ordinary latents among ``sites``."""
@@ -383,7 +404,7 @@ def _is_reversible(fn: Any) -> bool:
     """Whether a site is a product of diffusion models, each with a reverse kernel."""
     while isinstance(fn, ExpandedDistribution | Independent | MaskedDistribution):
         fn = fn.base_dist
-    return isinstance(fn, Diffusion) and all(p.is_diffusion for p in members(fn.potential))
+    return isinstance(fn, Diffusion) and all(f.potential.is_diffusion for f in factors(fn.potential))
 
 
 class _Prior:

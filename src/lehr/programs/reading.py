@@ -71,7 +71,7 @@ def _moments(p: Potential, x: jax.Array, t: jax.Array) -> jax.Array:
 
 
 def _noise(p: Potential, x: jax.Array, t: jax.Array) -> jax.Array:
-    return -p.total_weight * jnp.sum(x**2) / 2
+    return -jnp.sum(p.total_weight * x**2) / 2
 
 
 def _width(p: Potential, x: jax.Array, t: jax.Array) -> jax.Array:

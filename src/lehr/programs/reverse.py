@@ -179,40 +179,42 @@ def log_forward(x: jax.Array, x_noisy: jax.Array, noisy: Level, clean: Level) ->
 
 
 class _Expected(NamedTuple):
-    """What the factors of a potential expect behind one noisy event; leaves lead with the factors."""
+    """What one factor of a potential expects behind the noisy event, or the part of it, that it sees."""
 
     x_noisy: jax.Array
-    weights: jax.Array
     mean: jax.Array
     variances: jax.Array | None  # eigenvalues of C_i
     axes: jax.Array | None  # and its eigenvectors
 
 
-def _expect(potential: Potential, x: jax.Array, t: ArrayLike, noisy: Level, with_covariance: bool) -> _Expected:
-    pairs = factors(potential)
-    weights = jnp.stack([w for w, _ in pairs])
-    means = jnp.stack([p.denoise(x, t) for _, p in pairs])
+def _expect(potential: Potential, x: jax.Array, t: ArrayLike, noisy: Level, with_covariance: bool) -> list[_Expected]:
+    return [_expect_one(f.potential, x[f.slices], t, noisy, with_covariance) for f in factors(potential)]
+
+
+def _expect_one(p: Potential, x: jax.Array, t: ArrayLike, noisy: Level, with_covariance: bool) -> _Expected:
+    mean = p.denoise(x, t)
     if not with_covariance:
-        return _Expected(x, weights, means, None, None)
-    flat = x.reshape(-1)
-    slopes = jnp.stack([jax.jacfwd(lambda v: p.denoise(v.reshape(x.shape), t).reshape(-1))(flat) for _, p in pairs])  # noqa: B023
-    covariance = noisy.sigma**2 / jnp.maximum(noisy.alpha, TINY) * (slopes + slopes.mT) / 2
+        return _Expected(x, mean, None, None)
+    slope = jax.jacfwd(lambda v: p.denoise(v.reshape(x.shape), t).reshape(-1))(x.reshape(-1))
+    covariance = noisy.sigma**2 / jnp.maximum(noisy.alpha, TINY) * (slope + slope.mT) / 2
     variances, axes = jnp.linalg.eigh(covariance)
-    return _Expected(x, weights, means, jnp.maximum(variances, 0.0), axes)
+    return _Expected(x, mean, jnp.maximum(variances, 0.0), axes)
 
 
 class _Ratio(Diffusion):
     """A Diffusion whose log_prob is Σ w_i log(r_i/f), given what its factors expect."""
 
-    def __init__(self, site: Diffusion, expected: _Expected, noisy: Level, clean: Level) -> None:
+    def __init__(self, site: Diffusion, expected: list[_Expected], noisy: Level, clean: Level) -> None:
         super().__init__(site.potential, site.bound_level())
         self.expected, self.noisy, self.clean = expected, noisy, clean
 
     def log_prob(self, value: ArrayLike, intermediates: Any = None) -> jax.Array:
         value = jnp.asarray(value)
 
-        def ratio(x: jax.Array, e: _Expected) -> jax.Array:
-            return _log_ratio(x, e, self.noisy, self.clean)
+        def ratio(x: jax.Array, expected: list[_Expected]) -> jax.Array:
+            pairs = zip(factors(self.potential), expected, strict=True)
+            terms = [f.weight * _log_ratio(x[f.slices], e, self.noisy, self.clean) for f, e in pairs]
+            return sum(terms, jnp.zeros(()))
 
         for _ in range(value.ndim - self.event_dim):
             ratio = jax.vmap(ratio)
@@ -220,17 +222,16 @@ class _Ratio(Diffusion):
 
 
 def _log_ratio(x: jax.Array, expected: _Expected, noisy: Level, clean: Level) -> jax.Array:
+    """log r(x | x')/f(x' | x) of one factor."""
     delta = lost_share(noisy, clean)
     kept = clean.sigma / noisy.sigma * jnp.exp((noisy.log_snr - clean.log_snr) / 2)
-    away = x - kept * expected.x_noisy - clean.alpha * delta * expected.mean
-    away = away.reshape(away.shape[0], -1)
-    if expected.variances is None or expected.axes is None:
-        std = clean.sigma * jnp.sqrt(delta) * jnp.ones_like(away)
-    else:
-        away = jnp.einsum("nij,ni->nj", expected.axes, away)
+    away = (x - kept * expected.x_noisy - clean.alpha * delta * expected.mean).reshape(-1)
+    std = clean.sigma * jnp.sqrt(delta) * jnp.ones_like(away)
+    if expected.variances is not None and expected.axes is not None:
+        away = expected.axes.T @ away
         std = jnp.sqrt(clean.sigma**2 * delta + (clean.alpha * delta) ** 2 * expected.variances)
-    log_reverse = jnp.sum(norm.logpdf(away / std) - jnp.log(std), -1)
-    return jnp.dot(expected.weights, log_reverse - log_forward(x, expected.x_noisy, noisy, clean))
+    log_reverse = jnp.sum(norm.logpdf(away / std) - jnp.log(std))
+    return log_reverse - log_forward(x, expected.x_noisy, noisy, clean)
 
 
 class _Gaussians(Diffusion):
@@ -241,8 +242,8 @@ class _Gaussians(Diffusion):
 
     def log_prob(self, value: ArrayLike, intermediates: Any = None) -> jax.Array:
         def density(x: jax.Array) -> jax.Array:
-            terms = [(w, p.moments(self.bound_level())) for w, p in factors(self.potential)]
-            return sum((w * jnp.sum(norm.logpdf(x, m.mean, m.std)) for w, m in terms), jnp.zeros(()))
+            terms = [(f, f.potential.moments(self.bound_level())) for f in factors(self.potential)]
+            return sum((f.weight * jnp.sum(norm.logpdf(x[f.slices], m.mean, m.std)) for f, m in terms), jnp.zeros(()))
 
         return self.over_events(density, value)
 
