@@ -59,14 +59,15 @@ class Step(dist.Distribution):
 
 @dataclass(frozen=True)
 class Crossing(Guidance):
-    """The step as it looks through the posterior of x₀ given x_t: wider by the spread of the height."""
+    """The step as it looks through a Gaussian posterior of x₀: wider by the posterior's spread."""
+
+    variance: float = 8.0
 
     def log_prob(self, noisy):
+        spread = self.variance * (1 - noisy.share) / (1 - noisy.share + noisy.share * self.variance)
         (site,) = noisy.read_clean()
-        height, push = jax.linearize(lambda x: noisy.read_clean(x)[0]["fn"].height, noisy.denoised)
-        (pulled,) = jax.linear_transpose(push, noisy.denoised)(1.0)
-        variance = jnp.maximum(push(noisy.spread()(pulled)), 0.0)
-        return jax.nn.log_sigmoid((height - site["fn"].threshold) / jnp.sqrt(S**2 + variance / 1.7**2))
+        step = site["fn"]
+        return jax.nn.log_sigmoid((step.height - step.threshold) / jnp.sqrt(S**2 + spread / 1.7**2))
 
 
 def model(threshold):

@@ -23,7 +23,7 @@ from lehr.potentials.operators import Contrast, Mixture, Power, Product
 from lehr.potentials.region import Region
 from lehr.potentials.reschedule import with_schedule
 from lehr.programs import guidance
-from lehr.programs.diffusion import Diffusion, noise_level
+from lehr.programs.diffusion import Diffusion, current_level, noise_level
 from lehr.programs.path import Path
 from lehr.schedules import VE, DiscreteSchedule, RectifiedFlow, Schedule, VPCosine, VPLinear
 from lehr.training.fit import Recipe, fit
@@ -71,6 +71,7 @@ __all__ = [
     "Uniform",
     "VPCosine",
     "VPLinear",
+    "current_level",
     "fit",
     "from_netcdf",
     "guidance",

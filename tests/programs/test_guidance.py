@@ -200,3 +200,19 @@ def test_moment_matching_refuses_what_is_not_normal():
 def test_an_exponent_that_does_not_grow_is_refused():
     with pytest.raises(ValueError, match="positive rate"):
         Annealed(rate=0.0)
+
+
+def test_the_level_of_a_site_is_that_of_the_x_it_reads():
+    def classified(label):
+        x = numpyro.sample("x", lehr.Diffusion(PRIOR))
+        t = lehr.current_level()
+        numpyro.sample("label", dist.Bernoulli(logits=x[0] - 3 * t), obs=label)
+
+    for guidance, end in ((Raw(), 0.0), (Tweedie(), 0.1)):
+        path = lehr.Path(classified, guidance)(1).ending_at(end)
+        for t in (0.1, 0.6):
+            x0, level = (X[0], t) if guidance == Raw() or t <= end else (PRIOR.denoise(X, t)[0], end)
+            want = PRIOR.log_density(X, t) + stats.bernoulli(1 / (1 + np.exp(-(x0 - 3 * level)))).logpmf(1)
+            np.testing.assert_allclose(path.log_density({"x": jnp.asarray(X)}, t), want, **ROUNDING)
+    with pytest.raises(RuntimeError, match="there is no noise level here"):
+        lehr.current_level()

@@ -11,22 +11,25 @@ and ``vmap`` as any other.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from numpy.typing import ArrayLike
 from numpyro.distributions import constraints
-from numpyro.primitives import Messenger
+from numpyro.primitives import _PYRO_STACK, Messenger, apply_stack
 
 from lehr.potentials.analytic import ExactPotential
 from lehr.potentials.base import EnergyPotential, Potential, check_time
+from lehr.potentials.flow import draw
 from lehr.potentials.reschedule import with_schedule
 from lehr.schedules import Schedule
 
-__all__ = ["Diffusion", "diffusions", "map_diffusions", "noise_level"]
+__all__ = ["Diffusion", "current_level", "diffusions", "map_diffusions", "noise_level"]
 
 
 class Diffusion(dist.Distribution):
@@ -84,18 +87,24 @@ class Diffusion(dist.Distribution):
         return self.over_events(lambda x: potential.log_density(x, t), value)  # type: ignore[attr-defined]
 
     def sample(self, key: jax.Array, sample_shape: tuple[int, ...] = ()) -> jax.Array:
-        """Exact draws at the bound level, where the potential is exact.
+        """Draws at the bound level, of the data (t = 0) where none is: exact where the potential is, by
+        reverse diffusion where it is a diffusion model.
 
         Raises:
-            NotImplementedError: for other potentials; a driver samples those.
+            NotImplementedError: for products and what is made of them; a driver samples those.
         """
-        if not isinstance(self.potential, ExactPotential):
+        t = jnp.zeros(()) if self.t is None else self.t
+        if isinstance(self.potential, ExactPotential):
+            return self.potential.sample(key, t, tuple(sample_shape))
+        if not self.potential.is_diffusion or not np.all(self.potential.covered):
             raise NotImplementedError(
-                f"a {type(self.potential).__name__} cannot be drawn from directly. Sample it with "
-                "lehr.AnnealedMCMC or lehr.AnnealedSMC, and pass the draws to NumPyro, e.g. by "
-                "numpyro.handlers.substitute or Predictive(posterior_samples=...)."
+                f"a {type(self.potential).__name__} cannot be drawn from by reverse diffusion: it is not the noised "
+                "density of any data. Sample it with lehr.AnnealedMCMC or lehr.AnnealedSMC, and pass the draws to "
+                "NumPyro, e.g. by numpyro.handlers.substitute or Predictive(posterior_samples=...)."
             )
-        return self.potential.sample(key, self.bound_level(), tuple(sample_shape))
+        keys = jax.random.split(key, math.prod(sample_shape))
+        draws = jax.lax.map(lambda key: draw(key, self.potential, t), keys, batch_size=256)
+        return draws.reshape(*sample_shape, *self.event_shape)
 
     def bound_level(self) -> jax.Array:
         """t.
@@ -138,6 +147,26 @@ def diffusions(fn: Any) -> list[Diffusion]:
     return [leaf for leaf in leaves if isinstance(leaf, Diffusion)]
 
 
+def current_level() -> jax.Array:
+    """The noise level t at which the model is being run, for likelihoods that were trained on noisy x.
+
+    A classifier of (x_t, t) is guided by ``numpyro.sample("label", dist.Categorical(logits=classifier(x,
+    lehr.current_level())), obs=3)`` and ``guidance={"label": lehr.guidance.Raw()}``. Where a strategy
+    lets the site read a denoised x, the level is that of the end of the ladder.
+
+    Raises:
+        RuntimeError: outside of a model that is run at a level.
+    """
+    message = {"type": "current_level", "fn": lambda: None, "args": (), "kwargs": {}, "value": None}
+    level = apply_stack(message)["value"] if _PYRO_STACK else None
+    if level is None:
+        raise RuntimeError(
+            "there is no noise level here: lehr.current_level() is for models that a lehr driver or "
+            "lehr.noise_level(model, t) runs."
+        )
+    return level
+
+
 class noise_level(Messenger):  # noqa: N801
     """Effect handler that reads every ``Diffusion`` site of a model at noise level t.
 
@@ -170,6 +199,8 @@ class noise_level(Messenger):  # noqa: N801
     def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "sample":
             msg["fn"] = map_diffusions(self._bind, msg["fn"])
+        elif msg["type"] == "current_level" and msg["value"] is None:
+            msg["value"] = self.t
 
     def _bind(self, site: Diffusion) -> Diffusion:
         if site.t is not None:

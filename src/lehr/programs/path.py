@@ -28,14 +28,16 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 from numpyro import handlers
-from numpyro.distributions import ExpandedDistribution, Independent, MaskedDistribution, biject_to
+from numpyro.distributions import MaskedDistribution, biject_to
 from numpyro.distributions.util import is_identically_one
 from numpyro.infer.util import constrain_fn
 
 from lehr.potentials.base import SCORE_IS_NO_ENERGY, Potential, check_time
-from lehr.potentials.operators import factors
 from lehr.predictions import TINY
+from lehr.programs.checks import check_connections, check_event, is_reversible, refuse_hole, refuse_nan
+from lehr.programs.dependence import dependence
 from lehr.programs.diffusion import Diffusion, diffusions, noise_level
+from lehr.programs.enumeration import joint_support
 from lehr.programs.guidance import Guidance, Noisy, Tweedie
 from lehr.programs.reading import Quadratic, is_energy, known, quadratic, unknown
 from lehr.schedules import Schedule
@@ -116,6 +118,8 @@ class Path:
         """log π_t where every factor is an energy. Where some are scores its gradient is right and
         their part of its value is missing: for unadjusted kernels and line integrals only."""
         t = check_time(t)
+        if not self._listed(position):
+            return jax.nn.logsumexp(jax.vmap(lambda z: self.surrogate(position | z, t))(self.discrete))
         x = {name: position[name] for name in self.diffusion_sites}
 
         def models(x: Position) -> jax.Array:
@@ -181,19 +185,23 @@ class Path:
             key = jax.random.fold_in(key_x, i)
             noise = jax.random.normal(key, means[name].shape)
             position[name] = means[name] + noise * precisions[name] ** -0.5
-        return position
+        return {name: value for name, value in position.items() if name not in self.discrete}
 
     def _draw_latents(self, rng_key: jax.Array, t: jax.Array) -> Position:
-        """The ordinary latents from their prior, with x = 0; unconstrained."""
+        """The ordinary latents from their prior, with x = 0; unconstrained, and the discrete ones too."""
         sites = self.trace({}, self.origin(), t, rng_key=rng_key)
+        drawn = {site["name"]: site["value"] for site in sites if site["name"] in self.discrete}
         latents = (site for site in sites if site["name"] in self.latent_sites)
-        return {site["name"]: biject_to(site["fn"].support).inv(site["value"]) for site in latents}
+        return drawn | {site["name"]: biject_to(site["fn"].support).inv(site["value"]) for site in latents}
 
     def log_start(self, position: Position, t: ArrayLike = 1.0) -> jax.Array:
         """The log density, normalised, of what :meth:`init` draws at level t."""
         t = check_time(t)
+        if not self._listed(position):
+            return jax.nn.logsumexp(jax.vmap(lambda z: self.log_start(position | z, t))(self.discrete))
         sites = self.trace(position, self.origin(), t)
-        log_prior = total_log_prob(_as_drawn(site) for site in sites if site["name"] in self.latent_sites)
+        drawn = {*self.latent_sites, *self.discrete}
+        log_prior = total_log_prob(_as_drawn(site) for site in sites if site["name"] in drawn)
         log_prior += self._log_jacobian(sites, position)
         means, precisions = self.quadratic("moments", position, t)
         gaussian = [
@@ -220,14 +228,35 @@ class Path:
         return means, {k: p**-0.5 for k, p in precisions.items()}
 
     def constrain(self, position: Any, batch_ndims: int = 0) -> dict[str, jax.Array]:
-        """The sites' own values at a position, with the deterministic ones.
+        """The sites' own values at a position, with the deterministic ones; discrete latents are drawn.
 
         Args:
             position: unconstrained, each leaf with ``batch_ndims`` leading dimensions.
             batch_ndims: how many.
         """
         args, kwargs = self.bound_arguments()
-        return constrain_fn(self.model, args, kwargs, position, return_deterministic=True, batch_ndims=batch_ndims)
+        if not self.discrete:
+            return constrain_fn(self.model, args, kwargs, position, return_deterministic=True, batch_ndims=batch_ndims)
+
+        def one(rng_key: jax.Array, position: Position) -> dict[str, jax.Array]:
+            z = self._draw_discrete(rng_key, position)
+            model = handlers.substitute(self.model, data=z)
+            return z | constrain_fn(model, args, kwargs, position, return_deterministic=True)
+
+        shape = jax.tree.leaves(position)[0].shape[:batch_ndims]
+        for _ in shape:
+            one = jax.vmap(one)
+        return one(jax.random.split(jax.random.key(0), shape) if shape else jax.random.key(0), position)
+
+    def _draw_discrete(self, rng_key: jax.Array, position: Position) -> Position:
+        """The discrete latents from their conditional at the end of the ladder."""
+        logits = jax.vmap(lambda z: self.surrogate(position | z, self.end))(self.discrete)
+        drawn = jax.random.categorical(rng_key, logits)
+        return jax.tree.map(lambda values: values[drawn], self.discrete)
+
+    def _listed(self, position: Position) -> bool:
+        """Whether the position says what the discrete latents are."""
+        return all(name in position for name in self.discrete)
 
     def refuse_scores(self, who: str) -> None:
         """Raise the TypeError of :meth:`Potential.at` if a factor is known through its score only."""
@@ -253,8 +282,9 @@ class Path:
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for where, leaf in jax.tree_util.tree_flatten_with_path((args, kwargs))[0]:
-            _refuse_nan(f"the model's argument {jax.tree_util.keystr(where[1:])}", leaf)
+            refuse_nan(f"the model's argument {jax.tree_util.keystr(where[1:])}", leaf)
         self._arguments = (args, kwargs)
+        self.discrete: Position = {}
         sites = self._discover()
         self.diffusion_sites = tuple(s["name"] for s in sites if diffusions(s["fn"]) and not s["is_observed"])
         if not self.diffusion_sites:
@@ -265,23 +295,24 @@ class Path:
                 "without one, use numpyro.infer.MCMC."
             )
         others = [s for s in sites if not diffusions(s["fn"])]
-        self.latent_sites = tuple(s["name"] for s in others if not s["is_observed"])
+        latents = [s for s in others if not s["is_observed"]]
+        self.discrete = joint_support([s for s in latents if s["fn"].support.is_discrete])
+        self.latent_sites = tuple(s["name"] for s in latents if s["name"] not in self.discrete)
         self.other_sites = tuple(s["name"] for s in others)
         self.observations = {s["name"]: s["value"] for s in sites if s["is_observed"]}
-        for site in others:
-            if not site["is_observed"] and site["fn"].support.is_discrete:
-                raise ValueError(
-                    f"the latent site {site['name']!r} is discrete, and gradients cannot move it: sum it out, for "
-                    "instance by numpyro.distributions.MixtureGeneral or lehr.Mixture."
-                )
         potentials = [d.potential for s in sites for d in diffusions(s["fn"])]
         self.schedule: Schedule = potentials[0].schedule
         self.is_calibrated = all(p.is_calibrated for p in potentials)
         self.factor_sites = tuple(s["name"] for s in sites if diffusions(s["fn"]))
         self.score_sites = tuple(s["name"] for s in sites if not all(is_energy(d) for d in diffusions(s["fn"])))
-        self.without_denoiser = tuple(s["name"] for s in sites if diffusions(s["fn"]) and not _is_reversible(s["fn"]))
+        self.without_denoiser = tuple(s["name"] for s in sites if diffusions(s["fn"]) and not is_reversible(s["fn"]))
+        depends = dependence(self._parts, {s["name"]: s["value"] for s in sites if not s["is_observed"]})
+        check_connections(sites, depends, self.discrete)
+        self.without_denoiser += tuple(name for name in self.factor_sites if depends[name] & set(self.discrete))
         if not all(np.all(d.potential.covered) for s in sites for d in diffusions(s["fn"]) if not s["is_observed"]):
-            self._refuse_holes()
+            drawn = self._draw_latents(jax.random.key(0), jnp.ones(()))
+            for name, precision in self._curvature("moments", drawn, 1.0)[1].items():
+                refuse_hole(name, np.asarray(precision > 0))
         self._strategies = self._assign(self.guidance, {s["name"]: s for s in others})
 
     def _discover(self) -> list[Site]:
@@ -292,26 +323,25 @@ class Path:
             sites = self.trace({}, None, 1.0, rng_key=rng_key)
             found.extend(sites)
 
-        jax.eval_shape(run, jax.random.key(0))
+        try:
+            jax.eval_shape(run, jax.random.key(0))
+        except AssertionError as error:  # handlers.trace
+            raise ValueError(f"the model has two sites of one name: {error}.") from error
         for site in found:
             if site["is_observed"]:
-                _refuse_nan(f"the observation at site {site['name']!r}", site["value"])
+                refuse_nan(f"the observation at site {site['name']!r}", site["value"])
+            check_event(site)
         self._shapes = {s["name"]: jnp.shape(s["value"]) for s in found if diffusions(s["fn"]) and not s["is_observed"]}
         return found
 
-    def _refuse_holes(self) -> None:
-        """Raise a ValueError where no factor holds x: no region sees it, and no observed site."""
-        _, precisions = self._curvature("moments", self._draw_latents(jax.random.key(0), jnp.ones(())), jnp.ones(()))
-        for name, precision in precisions.items():
-            hole = ~np.asarray(precision > 0)
-            if np.any(hole):
-                ends = zip(np.min(np.argwhere(hole), 0), np.max(np.argwhere(hole), 0) + 1, strict=True)
-                where = ", ".join(f"{low}:{high}" for low, high in ends)
-                raise ValueError(
-                    f"the canvas of site {name!r}, of shape {hole.shape}, has a hole: no model sees {int(hole.sum())} "
-                    f"of its numbers, within {name}[{where}], and the density is none. Cover them by another Region or "
-                    "by an observed Diffusion site."
-                )
+    def _parts(self, values: Position) -> dict[str, Any]:
+        """By site, the arrays that its distribution is made of, and its value, where latents are ``values``."""
+        args, kwargs = self.bound_arguments()
+        model = handlers.substitute(handlers.seed(self.model, 0), data=values)
+        with handlers.trace() as trace, noise_level(t=1.0, schedule=self.schedule):
+            model(*args, **kwargs)
+        sites = {name: site for name, site in trace.items() if site["type"] == "sample"}
+        return {name: (jax.tree.leaves(site["fn"]), site["value"]) for name, site in sites.items()}
 
     def _assign(self, guidance: dict[str | None, Guidance], found: dict[str, Site]) -> dict[Guidance, set[str]]:
         """Which strategy reads for which of the sites that are not diffusions."""
@@ -358,6 +388,8 @@ class Path:
             name = site["name"]
             if diffusions(site["fn"]):
                 return jnp.zeros(site["fn"].shape()) if x is None else x[name]
+            if name in self.discrete:
+                return position.get(name, None if rng_key is not None else self.discrete[name][0])
             return biject_to(site["fn"].support)(position[name]) if name in position else None
 
         model = self.model if rng_key is None else handlers.seed(self.model, rng_key)
@@ -398,13 +430,6 @@ class Path:
                 transform = biject_to(site["fn"].support)
                 total += jnp.sum(transform.log_abs_det_jacobian(position[site["name"]], site["value"]))
         return total
-
-
-def _is_reversible(fn: Any) -> bool:
-    """Whether a site is a product of diffusion models, each with a reverse kernel."""
-    while isinstance(fn, ExpandedDistribution | Independent | MaskedDistribution):
-        fn = fn.base_dist
-    return isinstance(fn, Diffusion) and all(f.potential.is_diffusion for f in factors(fn.potential))
 
 
 class _Prior:
@@ -461,15 +486,3 @@ def _as_data(leaf: Any) -> Any:
     if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "fc":
         return jnp.asarray(leaf)
     return leaf
-
-
-def _refuse_nan(what: str, value: Any) -> None:
-    value = np.asarray(value) if isinstance(value, float) else value
-    if isinstance(value, jax.core.Tracer) or not jnp.issubdtype(getattr(value, "dtype", int), jnp.floating):
-        return
-    bad = int(np.sum(~np.isfinite(np.asarray(value))))
-    if bad:
-        raise ValueError(
-            f"{what} holds {bad} value{'s' * (bad > 1)} that {'are' if bad > 1 else 'is'} NaN or infinite. Fill them "
-            "with any finite number and mask them in the model, e.g. dist.Normal(...).mask(observed)."
-        )
