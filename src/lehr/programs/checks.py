@@ -8,14 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpyro.distributions import ExpandedDistribution, Independent, MaskedDistribution
 
 from lehr.potentials.operators import factors
 from lehr.programs.dependence import connected
-from lehr.programs.diffusion import Diffusion, diffusions
+from lehr.programs.diffusion import Diffusion, base, diffusions
 from lehr.programs.reading import is_energy
 
-__all__ = ["check_connections", "check_event", "is_reversible", "refuse_hole", "refuse_nan"]
+__all__ = ["check_connections", "check_event", "is_one_model", "is_reversible", "refuse_hole", "refuse_nan"]
 
 Site = dict[str, Any]
 
@@ -96,9 +95,13 @@ def refuse_hole(name: str, held: np.ndarray) -> None:
 
 def is_reversible(fn: Any) -> bool:
     """Whether a site is a product of diffusion models, each with a reverse kernel."""
-    while isinstance(fn, ExpandedDistribution | Independent | MaskedDistribution):
-        fn = fn.base_dist
+    fn = base(fn)
     return isinstance(fn, Diffusion) and all(f.potential.is_diffusion for f in factors(fn.potential))
+
+
+def is_one_model(fn: Any) -> bool:
+    """Whether a site is a diffusion model by itself, neither a product nor a power."""
+    return isinstance(base(fn), Diffusion) and base(fn).potential.is_diffusion
 
 
 def refuse_nan(what: str, value: Any) -> None:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from numpy.typing import ArrayLike
-from numpyro.distributions import constraints
+from numpyro.distributions import ExpandedDistribution, Independent, MaskedDistribution, constraints
 from numpyro.primitives import _PYRO_STACK, Messenger, apply_stack
 
 from lehr.potentials.analytic import ExactPotential
@@ -29,7 +29,7 @@ from lehr.potentials.flow import draw
 from lehr.potentials.reschedule import with_schedule
 from lehr.schedules import Schedule
 
-__all__ = ["Diffusion", "current_level", "diffusions", "map_diffusions", "noise_level"]
+__all__ = ["Diffusion", "base", "current_level", "diffusions", "map_diffusions", "noise_level"]
 
 
 class Diffusion(dist.Distribution):
@@ -139,6 +139,13 @@ def map_diffusions(function: Callable[[Diffusion], Any], fn: Any) -> Any:
     return jax.tree.map(
         lambda d: function(d) if isinstance(d, Diffusion) else d, fn, is_leaf=lambda d: isinstance(d, Diffusion)
     )
+
+
+def base(fn: Any) -> Any:
+    """What is left of a distribution when expansions, masks and reinterpreted batches are taken off."""
+    while isinstance(fn, ExpandedDistribution | Independent | MaskedDistribution):
+        fn = fn.base_dist
+    return fn
 
 
 def diffusions(fn: Any) -> list[Diffusion]:

@@ -34,7 +34,7 @@ from numpyro.infer.util import constrain_fn
 
 from lehr.potentials.base import SCORE_IS_NO_ENERGY, Potential, check_time
 from lehr.predictions import TINY
-from lehr.programs.checks import check_connections, check_event, is_reversible, refuse_hole, refuse_nan
+from lehr.programs.checks import check_connections, check_event, is_one_model, is_reversible, refuse_hole, refuse_nan
 from lehr.programs.dependence import dependence
 from lehr.programs.diffusion import Diffusion, diffusions, noise_level
 from lehr.programs.enumeration import joint_support
@@ -99,6 +99,17 @@ class Path:
         path = copy.copy(self)
         path.forgets = True
         path.score_sites = path.factor_sites
+        return path
+
+    def prior(self) -> Path:
+        """The same path without its likelihood: the observed sites that are not diffusions left out."""
+        self.bound_arguments()
+        path = copy.copy(self)
+        unobserved = {*self.latent_sites, *self.discrete}
+        kept = {strategy: names & unobserved for strategy, names in self._strategies.items()}
+        path._strategies = {strategy: names for strategy, names in kept.items() if names}
+        path.other_sites = tuple(name for name in self.other_sites if name in unobserved)
+        path.observations = {k: v for k, v in self.observations.items() if k in self.factor_sites}
         return path
 
     @property
@@ -313,6 +324,10 @@ class Path:
             drawn = self._draw_latents(jax.random.key(0), jnp.ones(()))
             for name, precision in self._curvature("moments", drawn, 1.0)[1].items():
                 refuse_hole(name, np.asarray(precision > 0))
+        factor = [s for s in sites if diffusions(s["fn"])]
+        self.is_normalised = all(not s["is_observed"] and s["scale"] is None and is_one_model(s["fn"]) for s in factor)
+        others_need = set().union(*(depends[name] - {name} for name in depends))
+        self.sinks = tuple(name for name in self.other_sites if name not in others_need)
         self._strategies = self._assign(self.guidance, {s["name"]: s for s in others})
 
     def _discover(self) -> list[Site]:

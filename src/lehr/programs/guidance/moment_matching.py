@@ -34,6 +34,7 @@ import lineax as lx
 import numpyro.distributions as dist
 from numpyro.distributions import ExpandedDistribution, Independent, MaskedDistribution
 
+from lehr.programs.diffusion import base
 from lehr.programs.guidance.base import Guidance, Noisy, Site
 
 __all__ = ["MomentMatching"]
@@ -69,10 +70,10 @@ class MomentMatching(Guidance):
         return total
 
     def check(self, site: Site) -> None:
-        if site["is_observed"] and not isinstance(_base(site["fn"]), dist.Normal):
+        if site["is_observed"] and not isinstance(base(site["fn"]), dist.Normal):
             raise ValueError(
                 f"MomentMatching is for Normal observations, and the site {site['name']!r} is a "
-                f"{type(_base(site['fn'])).__name__}. Give it another strategy, for instance "
+                f"{type(base(site['fn'])).__name__}. Give it another strategy, for instance "
                 f"guidance={{{site['name']!r}: lehr.guidance.Tweedie()}} with MomentMatching under the other names."
             )
 
@@ -118,12 +119,6 @@ class MomentMatching(Guidance):
         signs = jax.random.rademacher(jax.random.key(0), (PROBES, away.size), away.dtype)
         diagonal = jax.lax.stop_gradient(jnp.mean(signs * jax.vmap(spread)(signs), 0))
         return -square / 2 - jnp.sum(jnp.log(variance + jnp.maximum(diagonal, 0.0))) / 2
-
-
-def _base(fn: Any) -> Any:
-    while isinstance(fn, ExpandedDistribution | Independent | MaskedDistribution):
-        fn = fn.base_dist
-    return fn
 
 
 def _is_seen(site: Site) -> jax.Array:
