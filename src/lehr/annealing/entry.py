@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jax.scipy.stats import norm
 
-from lehr.annealing.predictors import Ancestral, Predictor
+from lehr.annealing.predictors import Ancestral, Departure, Predictor
 from lehr.annealing.weights import Particles, Weights
 from lehr.kernels.base import Kernel, LogDensity
 from lehr.kernels.line_integral import PartlyKnown
@@ -163,33 +163,43 @@ class Entry:
         self, chain: Any, rng_key: jax.Array, before: jax.Array, k: jax.Array, curvature: jax.Array
     ) -> tuple[Position, jax.Array, jax.Array]:
         """x, with log f − log K and log Π (r_i/f)^{w_i} + log f − log K."""
-        plan, structure, constants = self.plan, self.structure, self.constants
-        t_from, t = self.times[before], self.times[k]
-        noisy, clean = (jax.tree.map(lambda leaf: leaf[i], self.levels) for i in (before, k))  # noqa: B023
-        gradient = plan.kernel.gradient(chain)
-        x_noisy, put = self._split(chain.position)
+        plan = self.plan
         if self.follows_path:
-            step: ReverseStep = structure.reverse_step(constants, chain.position, gradient, t_from, t)
+            t_from, t = self.times[before], self.times[k]
+            x_noisy, put = self._split(chain.position)
+            step: ReverseStep = self.structure.reverse_step(
+                self.constants, chain.position, plan.kernel.gradient(chain), t_from, t
+            )
             x, log_path, log_proposal = step.draw(rng_key)
-            return put(x), log_forward(x, x_noisy, noisy, clean) - log_proposal, log_path
-        slope, _ = self._split(gradient)
-        copies, _ = self._split(chain.position | structure.copies(constants, chain.position, t_from))
-        copies = copies if plan.counts_noise else jnp.ones_like(copies)
+            log_noising = log_forward(x, x_noisy, self._level(before), self._level(k))
+            return put(x), log_noising - log_proposal, log_path
+        start, put = self._departure(chain, before, k)
         if plan.weights and isinstance(plan.predictor, Ancestral):
             bend, _ = self._split(ravel_pytree(chain.position)[1](curvature))
-            mean, std = plan.predictor.informed(x_noisy, slope, copies, noisy, clean, bend)
+            mean, std = plan.predictor.informed(start, bend)
             noise = jax.random.normal(rng_key, mean.shape)
             x = mean + std * noise
             log_proposal = jnp.sum(norm.logpdf(noise) - jnp.log(std))
-            return put(x), log_forward(x, x_noisy, noisy, clean) - log_proposal, jnp.zeros(())
+            return put(x), log_forward(x, start.x, start.noisy, start.clean) - log_proposal, jnp.zeros(())
         assert plan.predictor is not None
+        return put(plan.predictor.move(rng_key, start)), jnp.zeros(()), jnp.zeros(())
+
+    def _departure(self, chain: Any, before: jax.Array, k: jax.Array) -> tuple[Departure, Any]:
+        """Where a predictor starts from, and how to put what it returns in the place of x."""
+        t_from, t = self.times[before], self.times[k]
+        x, put = self._split(chain.position)
+        gradient, _ = self._split(self.plan.kernel.gradient(chain))
+        copies, _ = self._split(chain.position | self.structure.copies(self.constants, chain.position, t_from))
+        copies = copies if self.plan.counts_noise else jnp.ones_like(copies)
 
         def gradient_at(x: jax.Array, is_clean: bool) -> jax.Array:
             there = t if is_clean else t_from
-            return self._split(jax.grad(lambda q: structure.log_density(constants, q, there))(put(x)))[0]
+            return self._split(jax.grad(lambda q: self.structure.log_density(self.constants, q, there))(put(x)))[0]
 
-        x = plan.predictor.move(rng_key, x_noisy, slope, copies, noisy, clean, gradient_at)
-        return put(x), jnp.zeros(()), jnp.zeros(())
+        return Departure(x, gradient, copies, self._level(before), self._level(k), gradient_at), put
+
+    def _level(self, k: jax.Array) -> Level:
+        return jax.tree.map(lambda leaf: leaf[k], self.levels)
 
     def _others(self, position: Position, t: jax.Array) -> jax.Array:
         return self.structure.others(self.constants, position, t) if "others" in self.structure else jnp.zeros(())
