@@ -24,21 +24,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lehr.annealing.entry import Plan
+from lehr.annealing.keys import as_key
 from lehr.annealing.ladder import Ladder, check_count, clean_end
 from lehr.annealing.loop import Anneal, anneal
+from lehr.annealing.plan import Plan
 from lehr.annealing.predictors import Ancestral, Predictor, as_predictor
 from lehr.annealing.progress import progress_bar
 from lehr.annealing.run import Run, record
 from lehr.annealing.tuning import SHORT_SHARE, Tuning, smooth
-from lehr.annealing.weights import WEIGHTS, Weights
+from lehr.annealing.weights import WEIGHTS, Weights, follow_path
 from lehr.kernels import HMC, Kernel
 from lehr.potentials.base import Potential
 from lehr.programs.closure import Constants, Structure, close
 from lehr.programs.path import Path
 from lehr.programs.reverse import Level, evaluations
 
-__all__ = ["AnnealedMCMC", "AnnealedSMC", "Program", "Reverse", "as_key"]
+__all__ = ["AnnealedMCMC", "AnnealedSMC", "Program", "Reverse"]
 
 NUM_STARTS = 32  # where there are ordinary latents, each chain chooses its start from as many draws
 PILOT_CHAINS = 64
@@ -62,6 +63,11 @@ class Program(NamedTuple):
     ladder: Ladder
     structure: Structure
     constants: Constants
+
+    @property
+    def dimension(self) -> int:
+        """D: how many numbers a position has, over all latent sites."""
+        return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(self.path.init, jax.random.key(0))))
 
 
 class _Driver:
@@ -132,8 +138,7 @@ class _Driver:
 
     def rehearse(self, program: Program, rng_key: jax.Array) -> tuple[Tuning, Anneal | None]:
         """The steps to take, and the pilot pass that found them, if there was one."""
-        path, plan = program.path, program.plan
-        dimension = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(path.init, rng_key)))
+        path, plan, dimension = program.path, program.plan, program.dimension
         guess = Tuning(plan.kernel.initial_step_size(dimension), 1.0, SHORT_SHARE)
         tuning = (guess if self.tuning is None else self.tuning).on(len(program.ladder), dimension)
         if not self.pilot or not plan.num_steps or not _can_tune(path, plan.kernel):
@@ -259,7 +264,7 @@ class _Driver:
         predictor = (Ancestral() if pilots else None) if self.predictor == "auto" else as_predictor(self.predictor)
         return Plan(
             kernel=kernel,
-            predictor=None if weights in ("path", "both") else predictor,
+            predictor=None if follow_path(weights) else predictor,
             chooses=chooses,
             weights=weights,
             num_chains=self.num_chains,
@@ -410,7 +415,7 @@ class AnnealedSMC(_Driver):
                 "lehr.HMC or lehr.MALA, or the unadjusted kernel in lehr.AnnealedMCMC."
             )
         chosen = self.predictor not in (None, "auto")
-        if chosen and (weights in ("path", "both") or not isinstance(self.predictor, Ancestral)):
+        if chosen and (follow_path(weights) or not isinstance(self.predictor, Ancestral)):
             raise ValueError(
                 "AnnealedSMC must know the density of each move between levels. With energy weights the predictor may "
                 'be "ancestral", None or "auto"; path weights bring their own proposal.'
@@ -518,18 +523,8 @@ def _functions(path: Path, plan: Plan) -> list[str]:
     needed = []
     if path.score_sites:
         needed.append("unknown")
-    if plan.weights in ("path", "both"):
+    if plan.follows_path:
         needed += ["reverse_step", "start_density"] + (["others"] if path.other_sites else [])
     elif plan.predictor is not None:
         needed += ["copies"] if plan.counts_noise else ["copies", "moments"]
     return needed
-
-
-def as_key(rng_key: Any) -> jax.Array:
-    """A typed key, from one, from a raw ``PRNGKey``, or from an integer seed."""
-    if isinstance(rng_key, int | np.integer):
-        return jax.random.key(rng_key)
-    if not isinstance(rng_key, jax.Array):
-        raise TypeError(f"rng_key must be a JAX key, as from jax.random.key(0), or an integer; got {rng_key!r}.")
-    is_typed = jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key)
-    return rng_key if is_typed else jax.random.wrap_key_data(rng_key)

@@ -28,12 +28,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lehr.annealing.drivers import AnnealedSMC, Program, as_key
-from lehr.annealing.entry import Plan, target_at
+from lehr.annealing.drivers import AnnealedSMC, Program
+from lehr.annealing.entry import target_at
+from lehr.annealing.keys import as_key, per_chain
 from lehr.annealing.ladder import Ladder, check_count
-from lehr.annealing.loop import per_chain
+from lehr.annealing.plan import Plan
 from lehr.annealing.run import Run, constrained
-from lehr.annealing.tuning import SHORT_STEP, Tuning
+from lehr.annealing.tuning import Tuning, with_short_steps
 from lehr.kernels import Kernel
 from lehr.potentials.base import Potential
 from lehr.programs.closure import Constants, Structure
@@ -273,7 +274,7 @@ def _run_sweeps(
     replicas: _Replicas,
 ) -> tuple[_Replicas, tuple[Position, jax.Array], _Sums]:
     """``num_draws · thinning`` sweeps; the last level's position and log density after every ``thinning``."""
-    step = plan.kernel.build()
+    step = with_short_steps(plan.kernel.build(), tuning.short_share)
     size, n = replicas.visited.shape
     levels = jnp.arange(size)
     masses = jnp.asarray(tuning.scale) ** 2
@@ -284,9 +285,7 @@ def _run_sweeps(
         target = target_at(structure, constants, times[k])
 
         def one(chain: Any, key: jax.Array) -> tuple[Any, Any]:
-            key_step, key_length = jax.random.split(key)
-            short = jax.random.bernoulli(key_length, tuning.short_share)
-            return step(key_step, chain, target, tuning.step_size[k] * jnp.where(short, SHORT_STEP, 1.0), masses[k])
+            return step(key, chain, target, tuning.step_size[k], masses[k])
 
         chain, stats = jax.lax.scan(one, chain, jax.random.split(key, plan.num_steps))
         rate, lost, made = stats

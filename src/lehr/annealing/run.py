@@ -23,9 +23,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from lehr.annealing.entry import Plan
 from lehr.annealing.ladder import Ladder
 from lehr.annealing.loop import LOOPS, Anneal
+from lehr.annealing.plan import Plan
 from lehr.annealing.tuning import SHORT_SHARE, Tuning
 from lehr.programs.path import Path
 from lehr.programs.reverse import evaluations
@@ -202,7 +202,7 @@ def _evaluations(path: Path, plan: Plan, result: Anneal, trial: Anneal | None) -
     """Gradient evaluations for each chain, with the pilot's and the diagnostics' shared among all."""
     k = result.levels.evaluations.size
     between = 1.0  # the refresh
-    if plan.weights in ("path", "both"):
+    if plan.follows_path:
         between += evaluations(path) * (k - 1) / k
     elif plan.predictor is not None:
         between += plan.predictor.evaluations * (k - 1) / k
