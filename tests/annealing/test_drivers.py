@@ -7,21 +7,13 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from flax import nnx
+from stand_ins import normal_score
 
 import lehr
 
 NORMAL = lehr.Gaussian(jnp.zeros(2), 1.0)
 SMALL = {"ladder": 4, "num_steps": 1, "progress": False}
-
-
-class Score(nnx.Module):
-    """The score of N(0, 1) under a variance-preserving schedule, as a network."""
-
-    def __call__(self, x, c):
-        return -x
-
-
-SCORE = lehr.ScoreNetwork(Score(), lehr.VPCosine(), (2,), prediction="score")
+SCORE = normal_score()
 
 
 @pytest.mark.parametrize("driver", [lehr.AnnealedMCMC, lehr.AnnealedSMC])

@@ -2,19 +2,12 @@
 
 import numpy as np
 import pytest
-from flax import nnx
+from stand_ins import normal_score
 
 import lehr
 
 MASSES = np.array([0.75, 0.25])
 MODES = lehr.GaussianMixture([[-1.0, 0.0], [1.0, 0.5]], 0.1, MASSES)
-
-
-class Score(nnx.Module):
-    """The score of N(0, 1) under a variance-preserving schedule, as a network."""
-
-    def __call__(self, x, c):
-        return -x
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +56,9 @@ def test_what_cannot_be_swapped_is_refused():
         lehr.ReplicaExchange(MODES, ladder=1)
     with pytest.raises(ValueError, match="ULA"):
         lehr.ReplicaExchange(MODES, lehr.ULA())
-    score = lehr.ScoreNetwork(Score(), lehr.VPCosine(), (2,), prediction="score")
-    with pytest.raises(TypeError, match="score"):
-        lehr.ReplicaExchange(score, ladder=4).run(0)
+    with pytest.raises(TypeError, match="ReplicaExchange needs log densities"):
+        lehr.ReplicaExchange(normal_score(), ladder=4).run(0)
+    with pytest.raises(ValueError, match="swaps compare the log densities"):
+        lehr.ReplicaExchange(MODES, lehr.HMC(metropolis="line-integral", integrate_energies=True), ladder=4).run(0)
     with pytest.raises(RuntimeError, match="not been run"):
         lehr.ReplicaExchange(MODES).extend(10)

@@ -10,7 +10,7 @@ import numpyro.distributions as dist
 import pytest
 
 import lehr
-from lehr.annealing.predictors import DDIM, PREDICTORS, Ancestral, Heun, as_predictor
+from lehr.annealing.predictors import DDIM, PREDICTORS, Ancestral, Departure, Heun, as_predictor
 from lehr.kernels.base import Stats
 from lehr.programs.reverse import Level, lost_share
 
@@ -42,7 +42,12 @@ def score(x, level):
 def move(predictor, x, noisy, clean, key=0):
     """One move of points under N(M, S²), and the gradient it starts from."""
     gradient_at = lambda x, is_clean: score(x, clean if is_clean else noisy)  # noqa: E731
-    return predictor.move(jax.random.key(key), x, score(x, noisy), jnp.ones_like(x), noisy, clean, gradient_at)
+    start = Departure(x, score(x, noisy), jnp.ones_like(x), noisy, clean, gradient_at)
+    return predictor.move(jax.random.key(key), start)
+
+
+def no_other(x, is_clean):
+    raise AssertionError("a proposal of known density needs the gradient that it starts from, and no other")
 
 
 def bayes(x, noisy, clean, mean, variance):
@@ -63,7 +68,7 @@ def test_of_a_point_the_ancestral_kernel_is_the_reverse_kernel(times, schedule):
         noisy, clean = (Level.of(schedule, t) for t in times)
         x = jnp.array([-1.0, 0.4])
         gradient = -(x - noisy.alpha * M) / noisy.sigma**2
-        mean, std = Ancestral().kernel(x, gradient, jnp.ones(2), noisy, clean)
+        mean, std = Ancestral().kernel(Departure(x, gradient, jnp.ones(2), noisy, clean, no_other))
         expected = bayes(x, noisy, clean, clean.alpha * M, clean.sigma**2)
         np.testing.assert_allclose(mean, expected[0], rtol=1e-7)
         np.testing.assert_allclose(std**2, expected[1], rtol=1e-7)
@@ -76,7 +81,7 @@ def test_of_several_points_it_counts_the_forward_kernel_once(copies):
         noisy, clean = (Level.of(SCHEDULES[0], t) for t in (0.6, 0.4))
         x = jnp.array([-1.0, 0.4])
         gradient = -copies * (x - noisy.alpha * M) / noisy.sigma**2
-        mean, std = Ancestral().kernel(x, gradient, jnp.full(2, copies), noisy, clean)
+        mean, std = Ancestral().kernel(Departure(x, gradient, jnp.full(2, copies), noisy, clean, no_other))
         expected = bayes(x, noisy, clean, clean.alpha * M, clean.sigma**2 / copies)
         np.testing.assert_allclose(mean, expected[0], rtol=1e-7)
         np.testing.assert_allclose(std**2, expected[1], rtol=1e-7)
@@ -88,7 +93,8 @@ def test_told_of_the_curvature_it_is_exact_for_any_gaussian(schedule):
         noisy, clean = (Level.of(schedule, t) for t in (0.6, 0.3))
         x = jnp.array([-1.0, 0.4])
         curvature = jnp.full(2, 1 / marginal(noisy)[1])
-        mean, std = Ancestral().informed(x, score(x, noisy), jnp.ones(2), noisy, clean, curvature)
+        start = Departure(x, score(x, noisy), jnp.ones(2), noisy, clean, no_other)
+        mean, std = Ancestral().informed(start, curvature)
         expected = bayes(x, noisy, clean, *marginal(clean))
         np.testing.assert_allclose(mean, expected[0], rtol=1e-7)
         np.testing.assert_allclose(std**2, expected[1], rtol=1e-7)
@@ -99,9 +105,8 @@ def test_where_a_likelihood_dominates_the_curvature_it_follows_the_likelihood():
         noisy, clean = (Level.of(SCHEDULES[1], t) for t in (0.6, 0.55))
         curvature, centre = 50 / noisy.sigma**2, 0.2  # in units of x'
         x = jnp.array([-1.0, 0.4])
-        mean, std = Ancestral().informed(
-            x, -curvature * (x - centre), jnp.ones(2), noisy, clean, jnp.full(2, curvature)
-        )
+        start = Departure(x, -curvature * (x - centre), jnp.ones(2), noisy, clean, no_other)
+        mean, std = Ancestral().informed(start, jnp.full(2, curvature))
         a = noisy.alpha / clean.alpha
         expected = bayes(x, noisy, clean, centre / a, 1 / (a**2 * curvature))  # both in units of the data
         np.testing.assert_allclose(mean, expected[0], rtol=1e-7)
@@ -159,7 +164,8 @@ def test_predictors_count_the_gradients_that_they_take_besides_the_first():
             return -x
 
         noisy, clean = (Level.of(VP, t) for t in (0.5, 0.4))
-        predictor.move(jax.random.key(0), jnp.ones(1), -jnp.ones(1), jnp.ones(1), noisy, clean, gradient_at)
+        start = Departure(jnp.ones(1), -jnp.ones(1), jnp.ones(1), noisy, clean, gradient_at)
+        predictor.move(jax.random.key(0), start)
         assert len(calls) == predictor.evaluations
 
 

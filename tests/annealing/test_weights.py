@@ -6,8 +6,8 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from flax import nnx
 from scipy import stats
+from stand_ins import Drifting, score_of
 
 import lehr
 from lehr.annealing.entry import conditional_ess
@@ -20,20 +20,6 @@ SCHEDULE = lehr.VPCosine()
 P, Q = lehr.Gaussian(P_LOC, P_STD), lehr.Gaussian(Q_LOC, Q_STD)
 MODES = lehr.GaussianMixture([[-1.5], [1.0]], [0.15, 0.3], [0.2, 0.8])
 RUN = {"ladder": 16, "num_warmup": 1, "num_particles": N, "progress": False}
-
-
-def score_of(potential):
-    """A potential's score as a network would give it."""
-
-    class Noise(nnx.Module):
-        def __call__(self, x, t):
-            return potential.noise(x, t)
-
-    data = potential.moments(0.0)
-    return lehr.ScoreNetwork(
-        Noise(), potential.schedule, potential.event_shape, time_input="time", mean=data.mean, std=data.std,
-        feature_scale=potential.width(0.0),
-    )  # fmt: skip
 
 
 # One weighing
@@ -147,36 +133,6 @@ def test_so_do_both_at_once_and_of_exact_energies_there_is_no_gap(both):
     agrees(both)
     assert np.asarray(both.tuning.moves)[1:].all()
     assert np.abs(both.levels["gap"]).max() < 2e-3  # float32, of log densities of order ten
-
-
-class Drifting(lehr.EnergyPotential):
-    """An energy whose constant c(t) is ``rate`` times the log-SNR."""
-
-    inner: lehr.Gaussian
-    rate: float
-
-    @property
-    def schedule(self):
-        return self.inner.schedule
-
-    @property
-    def event_shape(self):
-        return self.inner.event_shape
-
-    def moments(self, t):
-        return self.inner.moments(t)
-
-    def width(self, t):
-        return self.inner.width(t)
-
-    def _log_density(self, x, t):
-        return self.inner._log_density(x, t) + self.rate * self.schedule.log_snr(t)
-
-    def _denoise(self, x, t):
-        return self.inner._denoise(x, t)
-
-    def _noise(self, x, t):
-        return self.inner._noise(x, t)
 
 
 @pytest.fixture(scope="module")

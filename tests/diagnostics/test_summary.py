@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from rich.console import Console
+from stand_ins import Flat
 
 import lehr
 from lehr.diagnostics.plots import plot_density, plot_ladder, plot_samples
@@ -55,12 +56,6 @@ def test_the_summary_says_what_was_sampled_and_what_the_evidence_means(run):
 
 
 def test_the_summary_says_when_normalisers_are_unknown(ring):
-    from flax import nnx
-
-    class Flat(nnx.Module):
-        def __call__(self, z, c):
-            return jnp.zeros(())
-
     unknown = lehr.EnergyNetwork(Flat(), event_shape=(2,))
     run = lehr.AnnealedSMC(ring * unknown, ladder=2, num_particles=8, progress=False).run(0)
     assert "relative to the unknown normalisers" in text(run)

@@ -4,38 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from stand_ins import ScoreOf
 
 import lehr
 from lehr.annealing.weights import Particles, weigh
 from lehr.diagnostics.summary import summarise
 
 MIXTURE = lehr.GaussianMixture([[-2.0, 0.0], [2.0, 0.0]], 0.6, [0.8, 0.2])
-
-
-class Noise(lehr.ScorePotential):
-    """The score of an energy, and nothing else of it."""
-
-    energy: lehr.EnergyPotential
-    schedule = property(lambda self: self.energy.schedule)
-    event_shape = property(lambda self: self.energy.event_shape)
-
-    def moments(self, t):
-        return self.energy.moments(t)
-
-    def width(self, t):
-        return self.energy.width(t)
-
-    def _score(self, x, t):
-        return self.energy._score(x, t)
-
-    def _denoise(self, x, t):
-        return self.energy._denoise(x, t)
-
-    def _noise(self, x, t):
-        return self.energy._noise(x, t)
-
-
-SCORE = Noise(MIXTURE)
+SCORE = ScoreOf(MIXTURE)
 
 
 def test_1_a_score_is_never_handed_to_a_metropolis_test_as_the_gradient_of_a_constant():

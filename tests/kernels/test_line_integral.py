@@ -11,7 +11,7 @@ import numpyro.distributions as dist
 import pytest
 from blackjax.mcmc import metrics
 from blackjax.mcmc.integrators import IntegratorState
-from flax import nnx
+from stand_ins import score_of
 
 import lehr
 from lehr.kernels.line_integral import NODES, PartlyKnown, closed_loop, line_integral, refreshed
@@ -21,22 +21,6 @@ MODES = lehr.GaussianMixture([[-1.5, 0.0], [1.0, 1.3], [0.8, -1.2]], [0.5, 0.6, 
 UNEQUAL = lehr.GaussianMixture([[-2.0], [2.0]], 0.8, [0.8, 0.2])
 METROPOLIS = {"metropolis": "line-integral"}
 SMALL = {"ladder": 4, "num_steps": 2, "num_warmup": 1, "num_chains": 64, "num_samples": 2, "progress": False}
-
-
-def score_of(potential, curl=0.0):
-    """A potential's score as a network would give it, with a rotation of that curl added."""
-
-    class Noise(nnx.Module):
-        def __call__(self, x, t):
-            noise = potential.noise(x, t)
-            if curl:
-                noise -= potential.schedule.sigma(t) * curl / 2 * jnp.stack([-x[1], x[0]])
-            return noise
-
-    return lehr.ScoreNetwork(
-        Noise(), potential.schedule, potential.event_shape, time_input="time", std=potential.moments(0.0).std,
-        feature_scale=potential.width(0.0),
-    )  # fmt: skip
 
 
 def integrated(potential, prior=lambda x: jnp.zeros(())):

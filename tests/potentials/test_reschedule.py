@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from evaluate import readings
 from flax import nnx
+from stand_ins import Plain
 
 import lehr
 from lehr.networks import ResidualMLP
@@ -16,35 +17,6 @@ VP, VE, FLOW = lehr.VPCosine(), lehr.VE(0.005, 50.0), lehr.RectifiedFlow()
 MIXTURE = lehr.GaussianMixture([[0.5], [-0.8]], [0.2, 0.4], [1.0, 3.0])
 T = np.array([0.1, 0.3, 0.6, 0.9], np.float32)
 X = np.linspace(-2, 2, 9, dtype=np.float32)[:, None]
-
-
-class Plain(lehr.EnergyPotential):
-    """An energy that knows nothing of schedules but its own."""
-
-    inner: lehr.GaussianMixture
-
-    @property
-    def schedule(self):
-        return self.inner.schedule
-
-    @property
-    def event_shape(self):
-        return self.inner.event_shape
-
-    def moments(self, t):
-        return self.inner.moments(t)
-
-    def width(self, t):
-        return self.inner.width(t)
-
-    def _log_density(self, x, t):
-        return self.inner._log_density(x, t)
-
-    def _denoise(self, x, t):
-        return self.inner._denoise(x, t)
-
-    def _noise(self, x, t):
-        return self.inner._noise(x, t)
 
 
 class GaussianNoise(nnx.Module):

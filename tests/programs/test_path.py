@@ -1,6 +1,5 @@
 """The path of a model: its density at every level against closed forms, its start, its errors."""
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 from numpyro import handlers
 from numpyro.infer.util import potential_energy
 from scipy import stats
+from stand_ins import ScoreOf
 
 import lehr
 from lehr.programs.guidance import Raw, Tweedie
@@ -73,32 +73,6 @@ def observed(potential=P):
         numpyro.sample("y", dist.Normal(x, NOISE).to_event(1), obs=y)
 
     return model
-
-
-class ScoreOf(lehr.ScorePotential):
-    """What is left of a potential when its density is forgotten."""
-
-    energy: lehr.EnergyPotential
-    schedule: lehr.Schedule = eqx.field(static=True)
-    event_shape: tuple[int, ...] = eqx.field(static=True)
-
-    def __init__(self, energy):
-        self.energy, self.schedule, self.event_shape = energy, energy.schedule, energy.event_shape
-
-    def moments(self, t):
-        return self.energy.moments(t)
-
-    def width(self, t):
-        return self.energy.width(t)
-
-    def _score(self, x, t):
-        return self.energy._score(x, t)
-
-    def _denoise(self, x, t):
-        return self.energy._denoise(x, t)
-
-    def _noise(self, x, t):
-        return self.energy._noise(x, t)
 
 
 # The density

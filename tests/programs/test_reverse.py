@@ -7,6 +7,7 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from scipy import stats
+from stand_ins import score_of
 
 import lehr
 from lehr.programs.reverse import SMALL, Level, reverse_step, start_density
@@ -160,16 +161,8 @@ def test_a_model_observed_on_a_crop_counts_where_it_looks():
 
 
 def test_a_score_steps_as_the_energy_does():
-    from flax import nnx
-
     schedule = SCHEDULES[0]
-    energy = lambda: gaussian(P, schedule)  # noqa: E731
-
-    class Noise(nnx.Module):
-        def __call__(self, x, t):
-            return energy().noise(x, t)
-
-    found = steps(lambda: lehr.ScoreNetwork(Noise(), schedule, (2,), time_input="time") * gaussian(Q, schedule))
+    found = steps(lambda: score_of(gaussian(P, schedule)) * gaussian(Q, schedule))
     agrees(found, [(1.0, P), (1.0, Q)], schedule)
 
 

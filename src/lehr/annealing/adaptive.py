@@ -15,14 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lehr.annealing.drivers import AnnealedSMC, as_key
-from lehr.annealing.entry import Entry, Plan, conditional_ess, target_at
+from lehr.annealing.drivers import AnnealedSMC
+from lehr.annealing.entry import Entry, conditional_ess, target_at
+from lehr.annealing.keys import as_key
 from lehr.annealing.ladder import check_count, noisy_end
-from lehr.annealing.loop import Mover, per_chain, starter
-from lehr.annealing.tuning import SHORT_SHARE, curvature, squared_scale
-from lehr.annealing.weights import Particles, Weights, weigh
+from lehr.annealing.loop import Mover
+from lehr.annealing.plan import Plan
+from lehr.annealing.start import begin
+from lehr.annealing.tuning import SHORT_SHARE, curvature, pooled_scale
+from lehr.annealing.weights import Weights, weigh
 from lehr.kernels import Kernel
-from lehr.kernels.line_integral import PartlyKnown
 from lehr.programs.closure import Constants, Structure
 from lehr.programs.reverse import Level, evaluations
 
@@ -60,8 +62,7 @@ def adaptive_times(
     finish = float(schedule.log_snr(end))
     longest = LONGEST[evaluations(path) > 1] if plan.weights == "path" else np.inf
     key = as_key(rng_key)
-    dimension = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(path.init, key)))
-    log_step = jnp.log(jnp.asarray(plan.kernel.initial_step_size(dimension), float))
+    log_step = jnp.log(jnp.asarray(plan.kernel.initial_step_size(program.dimension), float))
     times = [float(schedule.time(here))]
 
     def rungs(*log_snr: float) -> tuple[jax.Array, Level]:
@@ -97,13 +98,9 @@ def adaptive_times(
 def _begin(
     structure: Structure, plan: Plan, constants: Constants, t: jax.Array, rng_key: jax.Array, log_step: jax.Array
 ) -> Any:
-    """Particles with the density of the start, a step, a curvature, and the variance of the start."""
-    n, kernel = plan.num_chains, plan.kernel
-    keys = per_chain(rng_key, n)
-    start, log_start = jax.vmap(starter(structure, plan, constants, t))(keys)
-    nowhere = PartlyKnown(*[lambda _: jnp.zeros(())] * 2)
-    chains = jax.vmap(lambda key, q: kernel.init(key, q, nowhere))(keys, start)._replace(logdensity=log_start)
-    particles = Particles(chains, jnp.full(n, -jnp.log(n)), jnp.zeros(()), jnp.arange(n))
+    """Particles at the start, a step, a curvature, and the variance of the start."""
+    particles = begin(structure, plan, constants, t, rng_key)
+    start = particles.chains.position
     return particles, log_step, curvature(start), jax.tree.map(lambda q: jnp.var(q, 0), start)
 
 
@@ -141,9 +138,7 @@ def _settle(
     entered = Entry(structure, plan, constants, times, levels)(k, particles, bend, None, keys[0])
     particles = particles._replace(chains=entered.chains)
     particles, _, _ = weigh(particles, entered.increment, keys[1], jnp.asarray(0.5))
-    position = particles.chains.position
-    widths = structure.widths(constants, jax.tree.map(lambda leaf: leaf[0], position), times[k])
-    inverse_mass = squared_scale(position, widths, variance)
+    inverse_mass = pooled_scale(structure, constants, particles.chains.position, times[k], variance)
     target = target_at(structure, constants, times[k])
     move = Mover(plan, SHORT_SHARE)
     chains, log_step, _ = move(

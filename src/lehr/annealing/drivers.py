@@ -14,276 +14,23 @@ All are faces of one level loop (:mod:`lehr.annealing.loop`), with the manners o
 
 from __future__ import annotations
 
-import contextlib
-import time
-import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from lehr.annealing.entry import Plan
-from lehr.annealing.ladder import Ladder, check_count, clean_end
-from lehr.annealing.loop import Anneal, anneal
-from lehr.annealing.predictors import Ancestral, Predictor, as_predictor
-from lehr.annealing.progress import progress_bar
-from lehr.annealing.run import Run, record
-from lehr.annealing.tuning import SHORT_SHARE, Tuning, smooth
-from lehr.annealing.weights import WEIGHTS, Weights
+from lehr.annealing.driver import Driver
+from lehr.annealing.ladder import Ladder, check_count
+from lehr.annealing.plan import Plan
+from lehr.annealing.predictors import Ancestral, Predictor
+from lehr.annealing.tuning import Tuning
+from lehr.annealing.weights import WEIGHTS, Weights, follow_path
 from lehr.kernels import HMC, Kernel
 from lehr.potentials.base import Potential
-from lehr.programs.closure import Constants, Structure, close
 from lehr.programs.path import Path
-from lehr.programs.reverse import Level, evaluations
 
-__all__ = ["AnnealedMCMC", "AnnealedSMC", "Program", "Reverse", "as_key"]
-
-NUM_STARTS = 32  # where there are ordinary latents, each chain chooses its start from as many draws
-PILOT_CHAINS = 64
-PILOT_WARMUP = 3  # tuned transitions of a pilot chain at each level
-_compiled = jax.jit(anneal, static_argnames=("structure", "plan"))
+__all__ = ["AnnealedMCMC", "AnnealedSMC", "Reverse"]
 
 
-class Program(NamedTuple):
-    """A path made ready for the loop.
-
-    Attributes:
-        path: bound, and ending where the ladder does.
-        plan: what is static.
-        ladder: the levels.
-        structure: the path's functions.
-        constants: its data.
-    """
-
-    path: Path
-    plan: Plan
-    ladder: Ladder
-    structure: Structure
-    constants: Constants
-
-
-class _Driver:
-    """What all faces share."""
-
-    def __init__(
-        self,
-        model: Callable[..., Any] | Potential | Path,
-        kernel: Kernel | None,
-        ladder: int | Ladder,
-        num_steps: int,
-        num_warmup: int,
-        num_chains: int,
-        pilot: int | None,
-        tuning: Tuning | None,
-        predictor: str | Predictor | None,
-        progress: bool,
-    ) -> None:
-        if kernel is not None and not isinstance(kernel, Kernel):
-            raise TypeError(
-                f"{type(self).__name__} needs a lehr kernel such as lehr.HMC(); got {kernel!r}. BlackJAX kernels plug "
-                "in through lehr.Kernel."
-            )
-        if not isinstance(ladder, Ladder):
-            check_count("ladder (a number of levels)", ladder)
-        check_count("num_warmup", num_warmup, least=0)
-        if pilot is None:
-            pilot = PILOT_CHAINS if num_warmup == 0 and tuning is None else 0
-        check_count("pilot (a number of chains)", pilot, least=0)
-        if sum((pilot > 0, num_warmup > 0, tuning is not None)) > 1:
-            raise ValueError(
-                "steps are tuned by a pilot pass, or by num_warmup transitions at each level, or given as tuning: "
-                f"choose one. Got pilot={pilot}, num_warmup={num_warmup}, tuning={'given' if tuning else None}."
-            )
-        if pilot == 1:
-            raise ValueError("a pilot pass of one chain has no spread to go by; give at least 2, or 0 for no pilot.")
-        self.path = model if isinstance(model, Path) else Path(model)
-        self.kernel = kernel
-        self.ladder = ladder
-        self.num_steps, self.num_warmup, self.num_chains = num_steps, num_warmup, num_chains
-        self.pilot, self.tuning = pilot, tuning
-        self.predictor = predictor if predictor == "auto" else as_predictor(predictor)
-        self.progress = progress
-        self._run: Run | None = None
-
-    def prepare(self, path: Path, t_min: float | None = None, optional: tuple[str, ...] = ()) -> Program:
-        """What is known of a run before it is compiled.
-
-        Args:
-            path: bound to its data.
-            t_min: where a ladder ends that is yet to be made.
-            optional: functions of the path that the loop itself does not need.
-
-        Raises:
-            ValueError, TypeError: as :meth:`run`.
-        """
-        path.bound_arguments()
-        kernel, weights = self._kernel(path), self._weights(path)
-        path = self._checked(path, kernel, weights)
-        ladder = self.ladder
-        if not isinstance(ladder, Ladder):
-            t_min = clean_end(path.schedule, _finest(path)) if t_min is None else t_min
-            ladder = Ladder.log_snr(path.schedule, ladder, t_min=t_min)
-        path = path.ending_at(np.asarray(ladder.times)[-1])
-        plan = self._plan(path, kernel, weights)
-        structure, constants = close(path, *_functions(path, plan), *optional)
-        return Program(path, plan, ladder, structure, constants)
-
-    def rehearse(self, program: Program, rng_key: jax.Array) -> tuple[Tuning, Anneal | None]:
-        """The steps to take, and the pilot pass that found them, if there was one."""
-        path, plan = program.path, program.plan
-        dimension = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(path.init, rng_key)))
-        guess = Tuning(plan.kernel.initial_step_size(dimension), 1.0, SHORT_SHARE)
-        tuning = (guess if self.tuning is None else self.tuning).on(len(program.ladder), dimension)
-        if not self.pilot or not plan.num_steps or not _can_tune(path, plan.kernel):
-            return tuning, None
-        plan = plan._replace(
-            num_chains=self.pilot, num_warmup=PILOT_WARMUP, num_draws=0, is_tuned=False, progress=False
-        )
-        trial = self._perform(program, plan, tuning, rng_key)
-        found = Tuning(
-            step_size=jnp.exp(smooth(jnp.log(trial.levels.step_size))),
-            scale=trial.levels.inverse_mass**0.5,
-            short_share=tuning.short_share,
-            curvature=jnp.exp(jax.vmap(smooth, 1, 1)(jnp.log(trial.levels.curvature))),
-            moves=trial.levels.moves,
-        )
-        return found, trial
-
-    def _perform(self, program: Program, plan: Plan, tuning: Tuning, rng_key: jax.Array) -> Anneal:
-        times = program.ladder.times
-        return jax.block_until_ready(
-            _compiled(
-                structure=program.structure,
-                plan=plan,
-                constants=program.constants,
-                times=times,
-                levels=Level.of(program.path.schedule, times),
-                tuning=tuning,
-                rng_key=rng_key,
-                threshold=jnp.asarray(self._threshold(), float),
-            )
-        )
-
-    def run(self, rng_key: jax.Array, *args: Any, **kwargs: Any) -> Run:
-        """Sample; the result is also kept, for the other methods.
-
-        Args:
-            rng_key: a JAX key, or an integer seed.
-            args: the model's arguments; none for a potential or a bound path. Arrays and floats are
-                data: other values of the same shape compile nothing.
-            kwargs: the model's keyword arguments.
-
-        Raises:
-            ValueError: for bad data or a model that cannot be annealed, see :class:`~lehr.Path`.
-            TypeError: if a factor is a score and the kernel or the weights need an energy, or the
-                other way round.
-        """
-        rng_key = as_key(rng_key)
-        path = self.path if self.path.is_bound and not (args or kwargs) else self.path(*args, **kwargs)
-        program = self.prepare(path)
-        path, plan, ladder = program.path, program.plan, program.ladder
-        started = time.monotonic()
-        with progress_bar(type(self).__name__, len(ladder)) if self.progress else contextlib.nullcontext():
-            key_pilot, key_run = jax.random.split(rng_key)
-            tuning, trial = self.rehearse(program, key_pilot)
-            plan = plan._replace(is_tuned=trial is not None or self.tuning is not None)
-            result = self._perform(program, plan, tuning, key_run)
-        self._run = record(type(self).__name__, path, plan, ladder, result, trial, time.monotonic() - started)
-        stranded = int(np.sum(~np.isfinite(np.asarray(result.logdensity))))
-        if stranded:
-            warnings.warn(
-                f"{stranded} of {plan.num_chains} chains ended where the log density is not finite; print_summary() "
-                "shows at which levels chains diverged.",
-                stacklevel=2,
-            )
-        return self._run
-
-    @property
-    def last_run(self) -> Run:
-        """The last :class:`~lehr.Run`.
-
-        Raises:
-            RuntimeError: if nothing has been run.
-        """
-        if self._run is None:
-            raise RuntimeError(f"this {type(self).__name__} has not been run; call .run(key, ...) first.")
-        return self._run
-
-    def get_samples(self, group_by_chain: bool = False) -> dict[str, np.ndarray]:
-        """The draws at the last level, by site, on each site's own scale; see :meth:`lehr.Run.get_samples`."""
-        return self.last_run.get_samples(group_by_chain)
-
-    def print_summary(self) -> None:
-        """Print a table of sites and a table of levels; see :meth:`lehr.Run.print_summary`."""
-        self.last_run.print_summary()
-
-    def to_arviz(self) -> Any:
-        """The run for ArviZ; see :meth:`lehr.Run.to_arviz`."""
-        return self.last_run.to_arviz()
-
-    def _kernel(self, path: Path) -> Kernel:
-        """The kernel that was asked for, or the one that suits what is known of the factors."""
-        if self.kernel is not None:
-            return self.kernel
-        return HMC(metropolis="line-integral") if path.score_sites else HMC()
-
-    def _weights(self, path: Path) -> Weights | None:
-        return None
-
-    def _checked(self, path: Path, kernel: Kernel, weights: Weights | None) -> Path:
-        """The path as the kernel sees it.
-
-        Raises:
-            TypeError: if the kernel's test, or the weights, do not suit what is known of the factors.
-        """
-        if getattr(kernel, "integrate_energies", False):
-            return path.as_scores()
-        if kernel.integrates_score and not path.score_sites:
-            raise TypeError(
-                f"{kernel!r} integrates scores because it has no log density, but here every factor is an energy: the "
-                'exact test is cheaper. Use metropolis="exact", or integrate_energies=True to compare the two.'
-            )
-        if kernel.is_adjusted and not kernel.integrates_score and self.num_steps:
-            path.refuse_scores(f"{type(kernel).__name__}'s Metropolis test")
-        return path
-
-    def _plan(self, path: Path, kernel: Kernel, weights: Weights | None) -> Plan:
-        tunes = _can_tune(path, kernel)
-        pilots = self.tuning is not None or (self.pilot > 0 and tunes)
-        # Models alone move by path weights, which are then free of noise. Beside a likelihood they may stay, where
-        # the covariance of x₀ is known: without it the ratio of densities is right along the proposal only.
-        may_stay = bool(pilots and path.other_sites) and evaluations(path) > 1
-        chooses = self.predictor == "auto" and (weights == "energy" or (weights is not None and may_stay))
-        predictor = (Ancestral() if pilots else None) if self.predictor == "auto" else as_predictor(self.predictor)
-        return Plan(
-            kernel=kernel,
-            predictor=None if weights in ("path", "both") else predictor,
-            chooses=chooses,
-            weights=weights,
-            num_chains=self.num_chains,
-            num_starts=1 if weights or path.score_sites or not path.latent_sites else NUM_STARTS,
-            num_warmup=self.num_warmup if tunes else 0,
-            num_steps=self.num_steps if tunes else self.num_steps + self.num_warmup,
-            num_draws=self._num_draws(),
-            thinning=self._thinning(),
-            is_tuned=self.tuning is not None,
-            counts_noise=True,
-            progress=self.progress,
-        )
-
-    def _threshold(self) -> float:
-        return 0.0
-
-    def _num_draws(self) -> int:
-        return 0
-
-    def _thinning(self) -> int:
-        return 1
-
-
-class AnnealedMCMC(_Driver):
+class AnnealedMCMC(Driver):
     """Independent chains down the ladder, then draws from each at the last level.
 
     Args:
@@ -338,14 +85,8 @@ class AnnealedMCMC(_Driver):
         super().__init__(model, kernel, ladder, num_steps, num_warmup, num_chains, pilot, tuning, predictor, progress)
         self.num_samples, self.thinning = num_samples, thinning
 
-    def _num_draws(self) -> int:
-        return self.num_samples
 
-    def _thinning(self) -> int:
-        return self.thinning
-
-
-class AnnealedSMC(_Driver):
+class AnnealedSMC(Driver):
     """Weighted and resampled particles down the ladder: right mode masses, and the evidence.
 
     Args:
@@ -410,7 +151,7 @@ class AnnealedSMC(_Driver):
                 "lehr.HMC or lehr.MALA, or the unadjusted kernel in lehr.AnnealedMCMC."
             )
         chosen = self.predictor not in (None, "auto")
-        if chosen and (weights in ("path", "both") or not isinstance(self.predictor, Ancestral)):
+        if chosen and (follow_path(weights) or not isinstance(self.predictor, Ancestral)):
             raise ValueError(
                 "AnnealedSMC must know the density of each move between levels. With energy weights the predictor may "
                 'be "ancestral", None or "auto"; path weights bring their own proposal.'
@@ -442,11 +183,8 @@ class AnnealedSMC(_Driver):
             raise ValueError("path weights bring their own proposal between levels; leave the predictor out.")
         return super()._checked(path, kernel, weights)
 
-    def _threshold(self) -> float:
-        return self.threshold
 
-
-class Reverse(_Driver):
+class Reverse(Driver):
     """Plain reverse diffusion, along ∇ log π_t as if it were the score of one diffusion model.
 
     For one model that is how it is usually sampled. For a product the summed scores are not those
@@ -495,41 +233,3 @@ class Reverse(_Driver):
                 "(numpyro.handlers.condition), or use lehr.AnnealedMCMC or lehr.AnnealedSMC."
             )
         return path
-
-
-def _finest(path: Path) -> Callable[[jax.Array], float]:
-    """The narrowest width of a path, as a function of the level."""
-    position = path.init(jax.random.key(0))
-
-    def finest(t: jax.Array) -> float:
-        widths = path.widths(position, t)
-        return min(float(jnp.min(widths[name])) for name in path.diffusion_sites)
-
-    return finest
-
-
-def _can_tune(path: Path, kernel: Kernel) -> bool:
-    """Whether there is an acceptance to tune by: without log densities only a line integral has one."""
-    return kernel.integrates_score or not path.score_sites
-
-
-def _functions(path: Path, plan: Plan) -> list[str]:
-    """What the loop needs of a path besides the four functions that it always needs."""
-    needed = []
-    if path.score_sites:
-        needed.append("unknown")
-    if plan.weights in ("path", "both"):
-        needed += ["reverse_step", "start_density"] + (["others"] if path.other_sites else [])
-    elif plan.predictor is not None:
-        needed += ["copies"] if plan.counts_noise else ["copies", "moments"]
-    return needed
-
-
-def as_key(rng_key: Any) -> jax.Array:
-    """A typed key, from one, from a raw ``PRNGKey``, or from an integer seed."""
-    if isinstance(rng_key, int | np.integer):
-        return jax.random.key(rng_key)
-    if not isinstance(rng_key, jax.Array):
-        raise TypeError(f"rng_key must be a JAX key, as from jax.random.key(0), or an integer; got {rng_key!r}.")
-    is_typed = jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key)
-    return rng_key if is_typed else jax.random.wrap_key_data(rng_key)

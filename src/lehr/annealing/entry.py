@@ -20,51 +20,19 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jax.scipy.stats import norm
 
-from lehr.annealing.predictors import Ancestral, Predictor
-from lehr.annealing.weights import Particles, Weights
-from lehr.kernels.base import Kernel, LogDensity
+from lehr.annealing.keys import per_chain
+from lehr.annealing.plan import Plan
+from lehr.annealing.predictors import Ancestral, Departure
+from lehr.annealing.weights import Particles
+from lehr.kernels.base import LogDensity
 from lehr.kernels.line_integral import PartlyKnown
 from lehr.programs.closure import Constants, Structure
 from lehr.programs.path import Position
 from lehr.programs.reverse import Level, ReverseStep, log_forward
 
-__all__ = ["Entered", "Entry", "Plan", "conditional_ess", "target_at"]
+__all__ = ["Entered", "Entry", "conditional_ess", "target_at"]
 
 CLEARLY = 0.7  # chains move where that loses at most this share of the particles that staying loses
-
-
-class Plan(NamedTuple):
-    """What is static about a run: together with the structure, it decides what is compiled.
-
-    Attributes:
-        kernel: how chains move at a level.
-        predictor: how they move to the next; None where they stay, or follow the path's weights.
-        chooses: whether weighted chains move or stay, level by level, by which keeps more of them.
-        weights: how they are weighed; None for independent chains.
-        num_chains: N.
-        num_starts: draws that each chain chooses its start from; 1 for weighted chains.
-        num_warmup: tuned transitions at each level.
-        num_steps: transitions at each level that count.
-        num_draws: draws kept of each chain after the last level; a weighted run keeps its final points.
-        thinning: transitions for each kept one.
-        is_tuned: whether steps are given, level by level, rather than found.
-        counts_noise: whether predictors know that a product counts the noise more than once.
-        progress: whether levels are reported as they finish.
-    """
-
-    kernel: Kernel
-    predictor: Predictor | None
-    chooses: bool
-    weights: Weights | None
-    num_chains: int
-    num_starts: int
-    num_warmup: int
-    num_steps: int
-    num_draws: int
-    thinning: int
-    is_tuned: bool
-    counts_noise: bool
-    progress: bool
 
 
 class Entered(NamedTuple):
@@ -89,7 +57,6 @@ class Entry:
     def __init__(self, structure: Structure, plan: Plan, constants: Constants, times: jax.Array, levels: Level) -> None:
         self.structure, self.plan, self.constants = structure, plan, constants
         self.times, self.levels = times, levels
-        self.follows_path = plan.weights in ("path", "both")
 
     def __call__(
         self, k: jax.Array, particles: Particles, curvature: jax.Array, moves: jax.Array | None, rng_key: jax.Array
@@ -104,9 +71,9 @@ class Entry:
             rng_key: for the proposals.
         """
         is_first = k == 0
-        keys = jax.vmap(lambda i: jax.random.fold_in(rng_key, i))(jnp.arange(self.plan.num_chains))
+        keys = per_chain(rng_key, self.plan.num_chains)
         chains = particles.chains
-        if self.plan.predictor is None and not self.follows_path:
+        if self.plan.predictor is None and not self.plan.follows_path:
             fresh, gained, gap = jax.vmap(lambda chain: self._stay(chain, k))(chains)
             return Entered(fresh, gained, gap, jnp.zeros((), bool))
 
@@ -130,7 +97,7 @@ class Entry:
         t = self.times[k]
         fresh = self.plan.kernel.refresh(chain, target_at(self.structure, self.constants, t))
         by_energy = fresh.logdensity - chain.logdensity
-        if not self.follows_path:
+        if not self.plan.follows_path:
             return fresh, by_energy, jnp.zeros(())
         t_from = self.times[jnp.maximum(k - 1, 0)]
 
@@ -154,7 +121,7 @@ class Entry:
         target = target_at(self.structure, self.constants, t)
         fresh = self.plan.kernel.refresh(chain._replace(position=position), target)
         by_energy = fresh.logdensity - chain.logdensity + log_energy
-        if not self.follows_path:
+        if not self.plan.follows_path:
             return fresh, by_energy, jnp.zeros(())
         by_path = log_path + self._others(position, t) - self._others(chain.position, t_from)
         return fresh, by_energy if self.plan.weights == "both" else by_path, by_energy - by_path
@@ -163,33 +130,43 @@ class Entry:
         self, chain: Any, rng_key: jax.Array, before: jax.Array, k: jax.Array, curvature: jax.Array
     ) -> tuple[Position, jax.Array, jax.Array]:
         """x, with log f − log K and log Π (r_i/f)^{w_i} + log f − log K."""
-        plan, structure, constants = self.plan, self.structure, self.constants
-        t_from, t = self.times[before], self.times[k]
-        noisy, clean = (jax.tree.map(lambda leaf: leaf[i], self.levels) for i in (before, k))  # noqa: B023
-        gradient = plan.kernel.gradient(chain)
-        x_noisy, put = self._split(chain.position)
-        if self.follows_path:
-            step: ReverseStep = structure.reverse_step(constants, chain.position, gradient, t_from, t)
+        plan = self.plan
+        if plan.follows_path:
+            t_from, t = self.times[before], self.times[k]
+            x_noisy, put = self._split(chain.position)
+            step: ReverseStep = self.structure.reverse_step(
+                self.constants, chain.position, plan.kernel.gradient(chain), t_from, t
+            )
             x, log_path, log_proposal = step.draw(rng_key)
-            return put(x), log_forward(x, x_noisy, noisy, clean) - log_proposal, log_path
-        slope, _ = self._split(gradient)
-        copies, _ = self._split(chain.position | structure.copies(constants, chain.position, t_from))
-        copies = copies if plan.counts_noise else jnp.ones_like(copies)
+            log_noising = log_forward(x, x_noisy, self._level(before), self._level(k))
+            return put(x), log_noising - log_proposal, log_path
+        start, put = self._departure(chain, before, k)
         if plan.weights and isinstance(plan.predictor, Ancestral):
             bend, _ = self._split(ravel_pytree(chain.position)[1](curvature))
-            mean, std = plan.predictor.informed(x_noisy, slope, copies, noisy, clean, bend)
+            mean, std = plan.predictor.informed(start, bend)
             noise = jax.random.normal(rng_key, mean.shape)
             x = mean + std * noise
             log_proposal = jnp.sum(norm.logpdf(noise) - jnp.log(std))
-            return put(x), log_forward(x, x_noisy, noisy, clean) - log_proposal, jnp.zeros(())
+            return put(x), log_forward(x, start.x, start.noisy, start.clean) - log_proposal, jnp.zeros(())
         assert plan.predictor is not None
+        return put(plan.predictor.move(rng_key, start)), jnp.zeros(()), jnp.zeros(())
+
+    def _departure(self, chain: Any, before: jax.Array, k: jax.Array) -> tuple[Departure, Any]:
+        """Where a predictor starts from, and how to put what it returns in the place of x."""
+        t_from, t = self.times[before], self.times[k]
+        x, put = self._split(chain.position)
+        gradient, _ = self._split(self.plan.kernel.gradient(chain))
+        copies, _ = self._split(chain.position | self.structure.copies(self.constants, chain.position, t_from))
+        copies = copies if self.plan.counts_noise else jnp.ones_like(copies)
 
         def gradient_at(x: jax.Array, is_clean: bool) -> jax.Array:
             there = t if is_clean else t_from
-            return self._split(jax.grad(lambda q: structure.log_density(constants, q, there))(put(x)))[0]
+            return self._split(jax.grad(lambda q: self.structure.log_density(self.constants, q, there))(put(x)))[0]
 
-        x = plan.predictor.move(rng_key, x_noisy, slope, copies, noisy, clean, gradient_at)
-        return put(x), jnp.zeros(()), jnp.zeros(())
+        return Departure(x, gradient, copies, self._level(before), self._level(k), gradient_at), put
+
+    def _level(self, k: jax.Array) -> Level:
+        return jax.tree.map(lambda leaf: leaf[k], self.levels)
 
     def _others(self, position: Position, t: jax.Array) -> jax.Array:
         return self.structure.others(self.constants, position, t) if "others" in self.structure else jnp.zeros(())

@@ -24,17 +24,20 @@ import jax.numpy as jnp
 from blackjax.smc.resampling import systematic
 from numpy.typing import ArrayLike
 
-from lehr.annealing.entry import Entry, Plan, target_at
+from lehr.annealing.entry import Entry, target_at
+from lehr.annealing.keys import per_chain
+from lehr.annealing.plan import Plan
 from lehr.annealing.progress import report
-from lehr.annealing.tuning import SHORT_STEP, Tuning, curvature, gain, squared_scale
+from lehr.annealing.start import begin
+from lehr.annealing.tuning import Tuning, curvature, gain, pooled_scale, with_short_steps
 from lehr.annealing.weights import Particles, weigh
-from lehr.kernels.base import LogDensity, Stats, Step
-from lehr.kernels.line_integral import PartlyKnown, closed_loop
+from lehr.kernels.base import LogDensity, Stats
+from lehr.kernels.line_integral import closed_loop
 from lehr.programs.closure import Constants, Structure
 from lehr.programs.path import Position
 from lehr.programs.reverse import Level
 
-__all__ = ["Anneal", "Draws", "LevelStats", "Mover", "anneal", "per_chain", "starter"]
+__all__ = ["LOOPS", "Anneal", "Draws", "LevelStats", "Mover", "anneal"]
 
 LOOPS = 32  # chains at which the score is integrated round a closed loop
 
@@ -106,111 +109,94 @@ def anneal(
         rng_key: the seed.
         threshold: resample where ESS < threshold · N.
     """
-    n = plan.num_chains
+    n, last = plan.num_chains, times.shape[0] - 1
     key_start, key_levels, key_draws, key_final = (jax.random.fold_in(rng_key, i) for i in range(4))
-    start, log_start = jax.vmap(starter(structure, plan, constants, times[0]))(per_chain(key_start, n))
-    prior_variance = jax.tree.map(lambda q: jnp.var(q, 0), start)
+    particles = begin(structure, plan, constants, times[0], key_start)
+    prior_variance = jax.tree.map(lambda q: jnp.var(q, 0), particles.chains.position)
     log_steps, inverse_masses = jnp.log(jnp.asarray(tuning.step_size)), jnp.asarray(tuning.scale) ** 2
+    enter = Entry(structure, plan, constants, times, levels)
+    move = Mover(plan, tuning.short_share)
 
-    def target(t: jax.Array) -> LogDensity:
-        return target_at(structure, constants, t)
-
-    def scale(chains: Any, k: jax.Array, t: jax.Array) -> jax.Array:
+    def scale(chains: Any, k: jax.Array | int) -> jax.Array:
         if plan.is_tuned:
             return inverse_masses[k]
-        widths = structure.widths(constants, jax.tree.map(lambda leaf: leaf[0], chains.position), t)
-        return squared_scale(chains.position, widths, prior_variance)
-
-    nowhere = PartlyKnown(*[lambda _: jnp.zeros(())] * 2)
-    chains = jax.vmap(lambda key, q: plan.kernel.init(key, q, nowhere))(per_chain(key_start, n), start)
-    chains = chains._replace(logdensity=log_start)  # what the first weight compares with
-    particles = Particles(chains, jnp.full(n, -jnp.log(n)), jnp.zeros(()), jnp.arange(n))
-    enter = Entry(structure, plan, constants, times, levels)
-    mover = Mover(plan, tuning.short_share)
+        return pooled_scale(structure, constants, chains.position, times[k], prior_variance)
 
     def level(carry: _Carry, k: jax.Array) -> tuple[_Carry, LevelStats]:
-        t = times[k]
-        keys = [jax.random.fold_in(jax.random.fold_in(key_levels, k), i) for i in range(4)]
         particles, log_step, bend = carry
+        key_resample, key_move, key_enter, key_loops = (
+            jax.random.fold_in(jax.random.fold_in(key_levels, k), i) for i in range(4)
+        )
+        decided = None
         if plan.is_tuned:
-            log_step = log_steps[k]
-        bend = tuning.curvature[k - 1] if plan.is_tuned else bend
-        entered = enter(k, particles, bend, tuning.moves[k] if plan.is_tuned else None, keys[2])
-        chains, increment, gap, moves = entered
-        nonfinite = jnp.sum(~jnp.isfinite(chains.logdensity))
-        particles = particles._replace(chains=chains)
+            log_step, bend, decided = log_steps[k], tuning.curvature[k - 1], tuning.moves[k]
+        entered = enter(k, particles, bend, decided, key_enter)
+        particles = particles._replace(chains=entered.chains)
+        finite_gap = jnp.where(jnp.isfinite(entered.gap), entered.gap, 0.0)
+        gap = jnp.sum(finite_gap * jnp.exp(particles.log_weights))
         resampled, ess = jnp.zeros((), bool), jnp.asarray(float(n))
-        gap = jnp.sum(jnp.where(jnp.isfinite(gap), gap, 0.0) * jnp.exp(particles.log_weights))
         if plan.weights:
-            particles, ess, resampled = weigh(particles, increment, keys[0], threshold)
-        survivors = jnp.sum(jnp.bincount(particles.ancestors, length=n) > 0)
-
-        inverse_mass = scale(particles.chains, k, t)
-        chains, log_step, moved = mover(
-            keys[1], particles.chains, target(t), log_step, inverse_mass, plan.num_warmup, plan.num_steps
+            particles, ess, resampled = weigh(particles, entered.increment, key_resample, threshold)
+        inverse_mass = scale(particles.chains, k)
+        target = target_at(structure, constants, times[k])
+        chains, log_step, moved = move(
+            key_move, particles.chains, target, log_step, inverse_mass, plan.num_warmup, plan.num_steps
         )
         bend = curvature(jax.vmap(plan.kernel.gradient)(chains))
-        loops = _loops(structure, constants, chains, inverse_mass, t, keys[3])
         acceptance = jnp.mean(moved.acceptance_rate)
         if plan.progress:
-            report(k, times.shape[0], t, acceptance, ess / n)
+            report(k, times.shape[0], times[k], acceptance, ess / n)
         stats = LevelStats(
-            acceptance, jnp.exp(log_step), ess, particles.log_evidence, resampled, survivors,
-            jnp.sum(moved.is_divergent), nonfinite, jnp.mean(moved.evaluations), gap, loops, inverse_mass,
-            bend, moves,
-        )  # fmt: skip
+            acceptance_rate=acceptance,
+            step_size=jnp.exp(log_step),
+            ess=ess,
+            log_evidence=particles.log_evidence,
+            resampled=resampled,
+            survivors=jnp.sum(jnp.bincount(particles.ancestors, length=n) > 0),
+            divergences=jnp.sum(moved.is_divergent),
+            nonfinite=jnp.sum(~jnp.isfinite(entered.chains.logdensity)),
+            evaluations=jnp.mean(moved.evaluations),
+            gap=gap,
+            loop_integral=_loops(structure, constants, chains, inverse_mass, times[k], key_loops),
+            inverse_mass=inverse_mass,
+            curvature=bend,
+            moves=entered.moves,
+        )
         return _Carry(particles._replace(chains=chains), log_step, bend), stats
 
-    start_carry = _Carry(particles, log_steps[0], jnp.ones(inverse_masses.shape[1]))
-    (particles, log_step, _), stats = jax.lax.scan(level, start_carry, jnp.arange(times.shape[0]))
-
+    carry = _Carry(particles, log_steps[0], jnp.ones(inverse_masses.shape[1]))
+    (particles, log_step, _), stats = jax.lax.scan(level, carry, jnp.arange(times.shape[0]))
+    chains = particles.chains
     if plan.weights:
         draws = _equally_weighted(particles, key_final)
     elif not plan.num_steps:
-        chains = particles.chains
         draws = _still(jax.tree.map(lambda leaf: leaf[None], (chains.position, chains.logdensity)))
     else:
-        last = times.shape[0] - 1
-        inverse_mass = scale(particles.chains, jnp.asarray(last), times[last])
-
-        def draw(chains: Any, i: jax.Array) -> tuple[Any, Draws]:
-            key = jax.random.fold_in(key_draws, i)
-            chains, _, moved = mover(key, chains, target(times[last]), log_step, inverse_mass, 0, plan.thinning)
-            return chains, Draws(chains.position, chains.logdensity, moved)
-
-        chains, draws = jax.lax.scan(draw, particles.chains, jnp.arange(plan.num_draws))
-        particles = particles._replace(chains=chains)
-    chains = particles.chains
+        target = target_at(structure, constants, times[last])
+        chains, draws = _sampled(plan, move, chains, target, log_step, scale(chains, last), key_draws)
     return Anneal(
         stats, draws, chains.position, chains.logdensity, particles.log_weights, particles.log_evidence,
         particles.ancestors,
     )  # fmt: skip
 
 
-def starter(structure: Structure, plan: Plan, constants: Constants, t: jax.Array) -> Any:
-    """How one chain starts: ``start(key) -> (position, log start density)``.
+def _sampled(
+    plan: Plan,
+    move: Mover,
+    chains: Any,
+    target: LogDensity,
+    log_step: jax.Array,
+    inverse_mass: jax.Array,
+    rng_key: jax.Array,
+) -> tuple[Any, Draws]:
+    """Independent chains go on at the last level, and a draw of each is kept every ``thinning`` transitions."""
 
-    An ordinary latent drawn from its prior may lie where the likelihood is a cliff, and no step
-    that suits the other chains would ever move it. Unweighted chains therefore choose, each for
-    itself, one of ``num_starts`` draws, with the importance weights of the first level.
-    """
+    def draw(chains: Any, i: jax.Array) -> tuple[Any, Draws]:
+        key = jax.random.fold_in(rng_key, i)
+        chains, _, moved = move(key, chains, target, log_step, inverse_mass, 0, plan.thinning)
+        return chains, Draws(chains.position, chains.logdensity, moved)
 
-    def draw(rng_key: jax.Array) -> tuple[Position, jax.Array]:
-        position = structure.init(constants, rng_key, t)
-        if not plan.counts_noise:  # as wide as one diffusion is at this level, not as a product of several
-            means, copies = structure.moments(constants, position, t)[0], structure.copies(constants, position, t)
-            wider = {k: m + jnp.sqrt(jnp.maximum(copies[k], 1.0)) * (position[k] - m) for k, m in means.items()}
-            position = position | wider
-        return position, structure.log_start(constants, position, t)
-
-    def choose(rng_key: jax.Array) -> tuple[Position, jax.Array]:
-        key_draws, key_choice = jax.random.split(rng_key)
-        drawn = jax.vmap(draw)(jax.random.split(key_draws, plan.num_starts))
-        weights = jax.vmap(lambda q: structure.log_density(constants, q, t))(drawn[0]) - drawn[1]
-        chosen = jax.random.categorical(key_choice, jnp.where(jnp.isfinite(weights), weights, -jnp.inf))
-        return jax.tree.map(lambda leaf: leaf[chosen], drawn)
-
-    return choose if plan.num_starts > 1 else draw
+    return jax.lax.scan(draw, chains, jnp.arange(plan.num_draws))
 
 
 def _equally_weighted(particles: Particles, rng_key: jax.Array) -> Draws:
@@ -250,8 +236,7 @@ class Mover:
     """
 
     def __init__(self, plan: Plan, short_share: ArrayLike) -> None:
-        self.plan, self.short_share = plan, short_share
-        self.step: Step = plan.kernel.build()
+        self.plan, self.step = plan, with_short_steps(plan.kernel.build(), short_share)
 
     def __call__(
         self,
@@ -268,16 +253,13 @@ class Mover:
         if num_warmup + num_steps == 0:
             return chains, log_step, none
 
-        def transition(rng_key: jax.Array, chain: Any, log_step: jax.Array) -> tuple[Any, Stats]:
-            key_step, key_length = jax.random.split(rng_key)
-            short = jax.random.bernoulli(key_length, jnp.asarray(self.short_share))
-            step_size = jnp.exp(log_step) * jnp.where(short, SHORT_STEP, 1.0)
-            return self.step(key_step, chain, target, step_size, inverse_mass)
-
         def one(state: tuple[Any, jax.Array, Stats], i: jax.Array) -> tuple[tuple[Any, jax.Array, Stats], None]:
             chains, log_step, sums = state
             keys = per_chain(jax.random.fold_in(rng_key, i), n)
-            chains, stats = jax.vmap(transition, (0, 0, None))(keys, chains, log_step)
+            step_size = jnp.exp(log_step)
+            chains, stats = jax.vmap(lambda key, chain: self.step(key, chain, target, step_size, inverse_mass))(
+                keys, chains
+            )
             error = jnp.mean(stats.acceptance_rate) - self.plan.kernel.target_acceptance
             counts = i >= num_warmup
             sums = Stats(
@@ -289,8 +271,3 @@ class Mover:
 
         (chains, log_step, sums), _ = jax.lax.scan(one, (chains, log_step, none), jnp.arange(num_warmup + num_steps))
         return chains, log_step, sums._replace(acceptance_rate=sums.acceptance_rate / max(num_steps, 1))
-
-
-def per_chain(rng_key: jax.Array, n: int) -> jax.Array:
-    """One key for each chain."""
-    return jax.vmap(lambda i: jax.random.fold_in(rng_key, i))(jnp.arange(n))

@@ -23,16 +23,49 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lehr.programs.reverse import Level, lost_share
 
-__all__ = ["DDIM", "PREDICTORS", "Ancestral", "Heun", "Predictor", "Restart", "as_predictor"]
+__all__ = ["DDIM", "PREDICTORS", "Ancestral", "Departure", "Heun", "Predictor", "Restart", "as_predictor"]
 
-Gradient = Callable[[jax.Array, bool], jax.Array]
+
+class Departure(NamedTuple):
+    """What a move starts from: a point at the noisier level, and the level to reach.
+
+    Attributes:
+        x: all of x', flat, shape (D,).
+        gradient: g = ∇ log π_t'(x'), shape (D,).
+        copies: W for each coordinate, shape (D,).
+        noisy: the level left.
+        clean: the level to reach.
+        gradient_at: ``gradient_at(x, is_clean)``, ∇ log π at another x, at the cleaner level or the noisier.
+    """
+
+    x: jax.Array
+    gradient: jax.Array
+    copies: jax.Array
+    noisy: Level
+    clean: Level
+    gradient_at: Callable[[jax.Array, bool], jax.Array]
+
+    @property
+    def counted(self) -> jax.Array:
+        """W where the noise is counted at all, and 1 elsewhere."""
+        return jnp.where(self.copies > 0, self.copies, 1.0)
+
+    @property
+    def denoised(self) -> jax.Array:
+        """x̂₀."""
+        return (self.x + self.noisy.sigma**2 * self.gradient / self.counted) / self.noisy.alpha
+
+    @property
+    def noise(self) -> jax.Array:
+        """ε̂."""
+        return -self.noisy.sigma * self.gradient / self.counted
 
 
 class Predictor(abc.ABC):
@@ -45,26 +78,12 @@ class Predictor(abc.ABC):
     evaluations: int = 0
 
     @abc.abstractmethod
-    def move(
-        self,
-        rng_key: jax.Array,
-        x: jax.Array,
-        gradient: jax.Array,
-        copies: jax.Array,
-        noisy: Level,
-        clean: Level,
-        gradient_at: Gradient,
-    ) -> jax.Array:
-        """x at the cleaner level.
+    def move(self, rng_key: jax.Array, start: Departure) -> jax.Array:
+        """x at the cleaner level, flat, shape (D,).
 
         Args:
             rng_key: for what is random.
-            x: all of x' at the noisier level, flat, shape (D,).
-            gradient: ∇ log π_t'(x'), shape (D,).
-            copies: W for each coordinate, shape (D,).
-            noisy: the level left.
-            clean: the level to reach.
-            gradient_at: ``gradient_at(x, clean)``, ∇ log π at the cleaner level, or at the noisier.
+            start: the point to move, and between which levels.
         """
 
 
@@ -72,41 +91,23 @@ class Predictor(abc.ABC):
 class Ancestral(Predictor):
     """The reverse kernel of denoising diffusion models (Ho, Jain & Abbeel, NeurIPS 2020)."""
 
-    def move(
-        self,
-        rng_key: jax.Array,
-        x: jax.Array,
-        gradient: jax.Array,
-        copies: jax.Array,
-        noisy: Level,
-        clean: Level,
-        gradient_at: Gradient,
-    ) -> jax.Array:
-        mean, std = self.kernel(x, gradient, copies, noisy, clean)
-        return mean + std * jax.random.normal(rng_key, x.shape)
+    def move(self, rng_key: jax.Array, start: Departure) -> jax.Array:
+        mean, std = self.kernel(start)
+        return mean + std * jax.random.normal(rng_key, start.x.shape)
 
-    def kernel(
-        self, x: jax.Array, gradient: jax.Array, copies: jax.Array, noisy: Level, clean: Level
-    ) -> tuple[jax.Array, jax.Array]:
+    def kernel(self, start: Departure) -> tuple[jax.Array, jax.Array]:
         """Mean and standard deviation of the proposal."""
+        noisy, clean, copies = start.noisy, start.clean, start.copies
         delta = lost_share(noisy, clean)
         kept = clean.sigma / noisy.sigma * jnp.exp((noisy.log_snr - clean.log_snr) / 2)
-        mean = kept * x + clean.alpha * delta * _denoised(x, gradient, copies, noisy)
+        mean = kept * start.x + clean.alpha * delta * start.denoised
         ratio = jnp.exp(noisy.log_snr - clean.log_snr)
         scale = copies + (1 - copies) * ratio  # the precision, over 1/(σ² δ)
         safe = jnp.maximum(scale, 0.1)
-        forward = clean.alpha / noisy.alpha * ratio * x
+        forward = clean.alpha / noisy.alpha * ratio * start.x
         return (copies * mean + (1 - copies) * forward) / safe, clean.sigma * jnp.sqrt(delta / safe)
 
-    def informed(
-        self,
-        x: jax.Array,
-        gradient: jax.Array,
-        copies: jax.Array,
-        noisy: Level,
-        clean: Level,
-        curvature: jax.Array,
-    ) -> tuple[jax.Array, jax.Array]:
+    def informed(self, start: Departure, curvature: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The same, given H', the mean curvature of −log π_t', shape (D,).
 
         K(x) ∝ π_t(x) f(x' | x) has the precision H + a²/b², with b² = σ'² δ. W diffusion models of data
@@ -114,14 +115,14 @@ class Ancestral(Predictor):
         more than W/σ'²; where H' is twice that, a likelihood dominates. Its curvature stays what it
         is in units of the data, and the mean is that of a Gaussian of curvature H.
         """
-        mean, _ = self.kernel(x, gradient, copies, noisy, clean)
-        counted = _safe(copies)
+        noisy, clean, counted = start.noisy, start.clean, start.counted
+        mean, _ = self.kernel(start)
         a, b2 = noisy.alpha / clean.alpha, noisy.sigma**2 * lost_share(noisy, clean)
         variance = jnp.maximum(counted / curvature - noisy.sigma**2, 0.0) / noisy.alpha**2
         bend = counted / (clean.alpha**2 * variance + clean.sigma**2)
         stiff = curvature > 2 * counted / noisy.sigma**2
         precision = jnp.where(stiff, curvature * a**2, bend) + a**2 / b2
-        newton = (curvature * a * (x + gradient / curvature) + a * x / b2) / precision
+        newton = (curvature * a * (start.x + start.gradient / curvature) + a * start.x / b2) / precision
         return jnp.where(stiff, newton, mean), precision**-0.5
 
 
@@ -129,18 +130,8 @@ class Ancestral(Predictor):
 class DDIM(Predictor):
     """One Euler step of the probability-flow equation (Song, Meng & Ermon, ICLR 2021)."""
 
-    def move(
-        self,
-        rng_key: jax.Array,
-        x: jax.Array,
-        gradient: jax.Array,
-        copies: jax.Array,
-        noisy: Level,
-        clean: Level,
-        gradient_at: Gradient,
-    ) -> jax.Array:
-        noise = -noisy.sigma * gradient / _safe(copies)
-        return clean.alpha * _denoised(x, gradient, copies, noisy) + clean.sigma * noise
+    def move(self, rng_key: jax.Array, start: Departure) -> jax.Array:
+        return start.clean.alpha * start.denoised + start.clean.sigma * start.noise
 
 
 @dataclass(frozen=True)
@@ -149,20 +140,12 @@ class Heun(Predictor):
 
     evaluations = 1
 
-    def move(
-        self,
-        rng_key: jax.Array,
-        x: jax.Array,
-        gradient: jax.Array,
-        copies: jax.Array,
-        noisy: Level,
-        clean: Level,
-        gradient_at: Gradient,
-    ) -> jax.Array:
-        reached = DDIM().move(rng_key, x, gradient, copies, noisy, clean, gradient_at)
-        slopes = noisy.sigma * gradient + clean.sigma * gradient_at(reached, True)
+    def move(self, rng_key: jax.Array, start: Departure) -> jax.Array:
+        noisy, clean = start.noisy, start.clean
+        reached = DDIM().move(rng_key, start)
+        slopes = noisy.sigma * start.gradient + clean.sigma * start.gradient_at(reached, True)
         ratio = clean.alpha / noisy.alpha
-        return ratio * x - (clean.sigma - ratio * noisy.sigma) * slopes / (2 * _safe(copies))
+        return ratio * start.x - (clean.sigma - ratio * noisy.sigma) * slopes / (2 * start.counted)
 
 
 @dataclass(frozen=True)
@@ -192,22 +175,13 @@ class Restart(Predictor):
         down = PREDICTORS[self.method].evaluations
         return down + self.num_restarts * (1 + down)
 
-    def move(
-        self,
-        rng_key: jax.Array,
-        x: jax.Array,
-        gradient: jax.Array,
-        copies: jax.Array,
-        noisy: Level,
-        clean: Level,
-        gradient_at: Gradient,
-    ) -> jax.Array:
-        down = PREDICTORS[self.method]
-        x = down.move(rng_key, x, gradient, copies, noisy, clean, gradient_at)
-        std = noisy.sigma * jnp.sqrt(lost_share(noisy, clean) / _safe(copies))
+    def move(self, rng_key: jax.Array, start: Departure) -> jax.Array:
+        down, noisy, clean = PREDICTORS[self.method], start.noisy, start.clean
+        std = noisy.sigma * jnp.sqrt(lost_share(noisy, clean) / start.counted)
+        x = down.move(rng_key, start)
         for i in range(self.num_restarts):
             up = noisy.alpha / clean.alpha * x + std * jax.random.normal(jax.random.fold_in(rng_key, i), x.shape)
-            x = down.move(rng_key, up, gradient_at(up, False), copies, noisy, clean, gradient_at)
+            x = down.move(rng_key, start._replace(x=up, gradient=start.gradient_at(up, False)))
         return x
 
 
@@ -227,11 +201,3 @@ def as_predictor(name: str | Predictor | None) -> Predictor | None:
         known = ", ".join(map(repr, PREDICTORS))
         raise ValueError(f"unknown predictor {name!r}: it must be None, one of {known}, or a lehr.Restart(...).")
     return PREDICTORS[name]
-
-
-def _safe(copies: jax.Array) -> jax.Array:
-    return jnp.where(copies > 0, copies, 1.0)
-
-
-def _denoised(x: jax.Array, gradient: jax.Array, copies: jax.Array, noisy: Level) -> jax.Array:
-    return (x + noisy.sigma**2 * gradient / _safe(copies)) / noisy.alpha

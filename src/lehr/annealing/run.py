@@ -23,14 +23,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from lehr.annealing.entry import Plan
 from lehr.annealing.ladder import Ladder
 from lehr.annealing.loop import LOOPS, Anneal
+from lehr.annealing.plan import Plan
 from lehr.annealing.tuning import SHORT_SHARE, Tuning
 from lehr.programs.path import Path
 from lehr.programs.reverse import evaluations
 
-__all__ = ["Run", "constrained", "record"]
+__all__ = ["Run", "make_run", "record"]
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class Run:
             ``survivors`` (distinct ancestors), ``diverging`` (transitions), ``nonfinite`` (chains); with
             both kinds of weights ``gap`` (energy less path, nats); with scores ``loop_integral``
             (root mean square of ∮ s·dx over triangles of one scale, nats).
-        particles: a weighted run's weighted set, by site, shape (N, *site); empty otherwise.
-        log_weights: its normalised log weights, shape (N,); None for an unweighted run.
         attrs: how the run was made, and what it cost.
         tuning: the steps that were taken, for another run on the same ladder.
+        particles: a weighted run's weighted set, by site, shape (N, *site); empty otherwise.
+        log_weights: its normalised log weights, shape (N,); None for an unweighted run.
     """
 
     method: str
@@ -60,10 +60,10 @@ class Run:
     sample_stats: dict[str, np.ndarray] = field(repr=False)
     observations: dict[str, np.ndarray] = field(repr=False)
     levels: dict[str, np.ndarray] = field(repr=False)
-    particles: dict[str, np.ndarray] = field(repr=False)
-    log_weights: np.ndarray | None = field(repr=False)
     attrs: dict[str, Any]
     tuning: Tuning = field(repr=False)
+    particles: dict[str, np.ndarray] = field(repr=False, default_factory=dict)
+    log_weights: np.ndarray | None = field(repr=False, default=None)
     _log_evidence: float | None = None
     _log_evidence_se: float | None = None
 
@@ -125,17 +125,54 @@ class Run:
         print_summary(self, console)
 
 
+def make_run(
+    method: str,
+    path: Path,
+    ladder: Ladder,
+    position: dict[str, np.ndarray],
+    sample_stats: dict[str, np.ndarray],
+    levels: dict[str, np.ndarray],
+    attrs: dict[str, Any],
+    tuning: Tuning,
+    **weighted: Any,
+) -> Run:
+    """A :class:`Run`, with what there is to say of any path and ladder.
+
+    Args:
+        method: the driver's name.
+        path: bound.
+        ladder: the levels.
+        position: draws at the last level, unconstrained, leaves (chain, draw, ...).
+        sample_stats: as the Run has them.
+        levels: statistics by level, besides the levels themselves.
+        attrs: how the run was made.
+        tuning: the steps that were taken.
+        weighted: what a weighted run has besides.
+    """
+    log_snr = np.asarray(path.schedule.log_snr(ladder.times))
+    return Run(
+        method=method,
+        samples=_constrained(path, position, 2),
+        sample_stats=sample_stats,
+        observations={k: np.asarray(v) for k, v in path.observations.items() if not isinstance(v, jax.core.Tracer)},
+        levels={"t": np.asarray(ladder.times), "log_snr": log_snr, "sigma": np.exp(-log_snr / 2)} | levels,
+        attrs=attrs
+        | {
+            "guidance": ", ".join(sorted({repr(g) for g in path.guidance.values()})),
+            "num_levels": len(ladder),
+            "calibrated": int(path.is_calibrated),
+        },
+        tuning=tuning,
+        **weighted,
+    )
+
+
 def record(
     method: str, path: Path, plan: Plan, ladder: Ladder, result: Anneal, trial: Anneal | None, seconds: float
 ) -> Run:
     """What the compiled programs returned, as a :class:`Run`; ``trial`` is the pilot's."""
-    schedule, times = path.schedule, ladder.times
     host = jax.tree.map(np.asarray, result)
-    log_snr = np.asarray(schedule.log_snr(times))
     levels = {
-        "t": np.asarray(times),
-        "log_snr": log_snr,
-        "sigma": np.exp(-log_snr / 2),
         "acceptance_rate": host.levels.acceptance_rate,
         "step_size": host.levels.step_size,
         "diverging": host.levels.divergences,
@@ -167,42 +204,32 @@ def record(
         "kernel": repr(plan.kernel) if plan.num_steps else repr(plan.predictor),
         "weights": plan.weights or "none",
         "predictor": repr(plan.predictor),
-        "guidance": ", ".join(sorted({repr(g) for g in path.guidance.values()})),
-        "num_levels": len(ladder),
         "num_warmup": plan.num_warmup,
         "num_steps": plan.num_steps,
         "num_chains": plan.num_chains,
         "pilot_chains": 0 if trial is None else trial.ancestors.size,
         "evaluations_per_chain": _evaluations(path, plan, result, trial),
         "seconds": round(seconds, 3),
-        "calibrated": int(path.is_calibrated),
     }
-    return Run(
-        method=method,
-        samples=constrained(path, by_chain.position, 2),
-        sample_stats=stats,
-        observations={k: np.asarray(v) for k, v in path.observations.items() if not isinstance(v, jax.core.Tracer)},
-        levels=levels,
-        particles=constrained(path, host.position, 1) if plan.weights else {},
-        log_weights=host.log_weights if plan.weights else None,
-        attrs=attrs,
-        _log_evidence=float(host.log_evidence) if plan.weights else None,
-        _log_evidence_se=_evidence_error(host) if plan.weights else None,
-        tuning=Tuning(
-            host.levels.step_size,
-            host.levels.inverse_mass**0.5,
-            SHORT_SHARE,
-            host.levels.curvature,
-            host.levels.moves,
-        ),
+    tuning = Tuning(
+        host.levels.step_size, host.levels.inverse_mass**0.5, SHORT_SHARE, host.levels.curvature, host.levels.moves
     )
+    weighted: dict[str, Any] = {}
+    if plan.weights:
+        weighted = {
+            "particles": _constrained(path, host.position, 1),
+            "log_weights": host.log_weights,
+            "_log_evidence": float(host.log_evidence),
+            "_log_evidence_se": _evidence_error(host),
+        }
+    return make_run(method, path, ladder, by_chain.position, stats, levels, attrs, tuning, **weighted)
 
 
 def _evaluations(path: Path, plan: Plan, result: Anneal, trial: Anneal | None) -> float:
     """Gradient evaluations for each chain, with the pilot's and the diagnostics' shared among all."""
     k = result.levels.evaluations.size
     between = 1.0  # the refresh
-    if plan.weights in ("path", "both"):
+    if plan.follows_path:
         between += evaluations(path) * (k - 1) / k
     elif plan.predictor is not None:
         between += plan.predictor.evaluations * (k - 1) / k
@@ -218,7 +245,7 @@ def _evaluations(path: Path, plan: Plan, result: Anneal, trial: Anneal | None) -
     return int(made) if made == int(made) else round(made, 2)
 
 
-def constrained(path: Path, position: dict[str, np.ndarray], batch_ndims: int) -> dict[str, np.ndarray]:
+def _constrained(path: Path, position: dict[str, np.ndarray], batch_ndims: int) -> dict[str, np.ndarray]:
     """Positions as draws of the sites, each on its own scale."""
     return {name: np.asarray(value) for name, value in path.constrain(position, batch_ndims).items()}
 

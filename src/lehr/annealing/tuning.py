@@ -21,7 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-__all__ = ["SHORT_SHARE", "SHORT_STEP", "Tuning", "curvature", "gain", "smooth", "squared_scale"]
+from lehr.kernels.base import LogDensity, Stats, Step
+from lehr.programs.closure import Constants, Structure
+
+__all__ = ["SHORT_SHARE", "Tuning", "curvature", "gain", "pooled_scale", "smooth", "squared_scale", "with_short_steps"]
 
 PRIOR_CHAINS = 5.0  # how many chains' worth the prior spread counts in the pooled one
 GAIN_DECAY = 0.6
@@ -74,6 +77,19 @@ class Tuning(NamedTuple):
         return Tuning(steps, scales, share, bends, jnp.asarray(moves))
 
 
+def with_short_steps(step: Step, share: Any) -> Step:
+    """``step``, but in that share of the transitions a quarter as long: drawn without looking at the chain."""
+
+    def transition(
+        rng_key: jax.Array, chain: Any, target: LogDensity, step_size: jax.Array, inverse_mass: jax.Array
+    ) -> tuple[Any, Stats]:
+        key_step, key_length = jax.random.split(rng_key)
+        short = jax.random.bernoulli(key_length, jnp.asarray(share))
+        return step(key_step, chain, target, step_size * jnp.where(short, SHORT_STEP, 1.0), inverse_mass)
+
+    return transition
+
+
 def gain(i: jax.Array, num_warmup: int) -> jax.Array:
     """γ of the i-th transition: zero once the warm-up is over."""
     return jnp.where(i < num_warmup, (i + 1.0) ** -GAIN_DECAY, 0.0)
@@ -97,6 +113,14 @@ def squared_scale(position: Any, widths: Any, prior_variance: Any) -> jax.Array:
         return jnp.where(jnp.isfinite(shrunk), jnp.minimum(shrunk, width**2), cap)
 
     return ravel_pytree(jax.tree.map(one, position, widths, prior_variance))[0]
+
+
+def pooled_scale(
+    structure: Structure, constants: Constants, position: Any, t: jax.Array, prior_variance: Any
+) -> jax.Array:
+    """:func:`squared_scale` at level t of a path, for positions of all chains there."""
+    widths = structure.widths(constants, jax.tree.map(lambda leaf: leaf[0], position), t)
+    return squared_scale(position, widths, prior_variance)
 
 
 def curvature(gradient: Any) -> jax.Array:

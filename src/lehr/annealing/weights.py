@@ -24,10 +24,15 @@ import jax
 import jax.numpy as jnp
 from blackjax.smc.resampling import systematic
 
-__all__ = ["WEIGHTS", "Particles", "Weights", "weigh"]
+__all__ = ["WEIGHTS", "Particles", "Weights", "follow_path", "weigh"]
 
 Weights = Literal["energy", "path", "both"]
 WEIGHTS: tuple[str, ...] = get_args(Weights)
+
+
+def follow_path(weights: Weights | None) -> bool:
+    """Whether these weights need the models' own reverse kernels, which then propose the moves between levels."""
+    return weights in ("path", "both")
 
 
 class Particles(NamedTuple):

@@ -59,11 +59,13 @@ class Kernel(abc.ABC):
         is_adjusted: whether a Metropolis test makes its target exact. Only then are weights right.
         target_acceptance: the mean acceptance that step sizes are tuned for.
         integrates_score: whether its test integrates the score where no log density is known.
+        integrate_energies: whether it does so where one is known, too.
     """
 
     is_adjusted: bool
     target_acceptance: float
     integrates_score: bool = False
+    integrate_energies: bool = False
 
     @abc.abstractmethod
     def init(self, rng_key: jax.Array, position: Any, logdensity_fn: LogDensity) -> Any:

@@ -1,0 +1,264 @@
+r"""What all drivers share: a model is bound to its data, made ready, tuned by a pilot, run, and read.
+
+A pilot pass of few chains goes down the whole ladder first, with three tuned transitions at each
+level, and leaves a :class:`~lehr.Tuning`. The chains that count take it as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lehr.annealing.keys import as_key
+from lehr.annealing.ladder import Ladder, check_count, clean_end
+from lehr.annealing.loop import Anneal
+from lehr.annealing.plan import Plan
+from lehr.annealing.predictors import Ancestral, Predictor, as_predictor
+from lehr.annealing.program import Program
+from lehr.annealing.progress import progress_bar
+from lehr.annealing.run import Run, record
+from lehr.annealing.tuning import SHORT_SHARE, Tuning, smooth
+from lehr.annealing.weights import Weights, follow_path
+from lehr.kernels import HMC, Kernel
+from lehr.potentials.base import Potential
+from lehr.programs.path import Path
+from lehr.programs.reverse import evaluations
+
+__all__ = ["Driver"]
+
+NUM_STARTS = 32  # where there are ordinary latents, each chain chooses its start from as many draws
+PILOT_CHAINS = 64
+PILOT_WARMUP = 3  # tuned transitions of a pilot chain at each level
+
+
+class Driver:
+    """A model, how chains move, and the ladder that they go down.
+
+    A subclass says how chains are weighed, what it refuses, and what it does with a program once it
+    is tuned: by default it goes down the ladder once.
+
+    Attributes:
+        num_samples: draws kept of each chain after the last level.
+        thinning: transitions for each draw that is kept.
+        threshold: weighted chains are resampled where their effective sample size is below this share.
+    """
+
+    num_samples: int = 0
+    thinning: int = 1
+    threshold: float = 0.0
+    _optional: tuple[str, ...] = ()  # functions of the path that the level loop itself does not need
+
+    def __init__(
+        self,
+        model: Callable[..., Any] | Potential | Path,
+        kernel: Kernel | None,
+        ladder: int | Ladder,
+        num_steps: int,
+        num_warmup: int,
+        num_chains: int,
+        pilot: int | None,
+        tuning: Tuning | None,
+        predictor: str | Predictor | None,
+        progress: bool,
+    ) -> None:
+        if kernel is not None and not isinstance(kernel, Kernel):
+            raise TypeError(
+                f"{type(self).__name__} needs a lehr kernel such as lehr.HMC(); got {kernel!r}. BlackJAX kernels plug "
+                "in through lehr.Kernel."
+            )
+        if not isinstance(ladder, Ladder):
+            check_count("ladder (a number of levels)", ladder)
+        check_count("num_warmup", num_warmup, least=0)
+        if pilot is None:
+            pilot = PILOT_CHAINS if num_warmup == 0 and tuning is None else 0
+        check_count("pilot (a number of chains)", pilot, least=0)
+        if sum((pilot > 0, num_warmup > 0, tuning is not None)) > 1:
+            raise ValueError(
+                "steps are tuned by a pilot pass, or by num_warmup transitions at each level, or given as tuning: "
+                f"choose one. Got pilot={pilot}, num_warmup={num_warmup}, tuning={'given' if tuning else None}."
+            )
+        if pilot == 1:
+            raise ValueError("a pilot pass of one chain has no spread to go by; give at least 2, or 0 for no pilot.")
+        self.path = model if isinstance(model, Path) else Path(model)
+        self.kernel = kernel
+        self.ladder = ladder
+        self.num_steps, self.num_warmup, self.num_chains = num_steps, num_warmup, num_chains
+        self.pilot, self.tuning = pilot, tuning
+        self.predictor: Predictor | Literal["auto"] | None = "auto" if predictor == "auto" else as_predictor(predictor)
+        self.progress = progress
+        self._run: Run | None = None
+
+    def run(self, rng_key: jax.Array, *args: Any, **kwargs: Any) -> Run:
+        """Sample; the result is also kept, for the other methods.
+
+        Args:
+            rng_key: a JAX key, or an integer seed.
+            args: the model's arguments; none for a potential or a bound path. Arrays and floats are
+                data: other values of the same shape compile nothing.
+            kwargs: the model's keyword arguments.
+
+        Raises:
+            ValueError: for bad data or a model that cannot be annealed, see :class:`~lehr.Path`.
+            TypeError: if a factor is a score and the kernel or the weights need an energy, or the
+                other way round.
+        """
+        rng_key = as_key(rng_key)
+        path = self.path if self.path.is_bound and not (args or kwargs) else self.path(*args, **kwargs)
+        self._run = self._sample(self.prepare(path), rng_key)
+        return self._run
+
+    def prepare(self, path: Path, t_min: float | None = None) -> Program:
+        """What is known of a run before it is compiled.
+
+        Args:
+            path: bound to its data.
+            t_min: where a ladder ends that is yet to be made.
+
+        Raises:
+            ValueError, TypeError: as :meth:`run`.
+        """
+        path.bound_arguments()
+        kernel, weights = self._kernel(path), self._weights(path)
+        path = self._checked(path, kernel, weights)
+        ladder = self.ladder
+        if not isinstance(ladder, Ladder):
+            t_min = clean_end(path.schedule, _finest(path)) if t_min is None else t_min
+            ladder = Ladder.log_snr(path.schedule, ladder, t_min=t_min)
+        path = path.ending_at(np.asarray(ladder.times)[-1])
+        plan = self._plan(path, kernel, weights)
+        return Program.of(path, plan, ladder, *self._optional)
+
+    def rehearse(self, program: Program, rng_key: jax.Array) -> tuple[Tuning, Anneal | None]:
+        """The steps to take, and the pilot pass that found them, if there was one."""
+        plan, dimension = program.plan, program.dimension
+        guess = Tuning(plan.kernel.initial_step_size(dimension), 1.0, SHORT_SHARE)
+        tuning = (guess if self.tuning is None else self.tuning).on(len(program.ladder), dimension)
+        if not self.pilot or not plan.num_steps or not _can_tune(program.path, plan.kernel):
+            return tuning, None
+        plan = plan._replace(
+            num_chains=self.pilot, num_warmup=PILOT_WARMUP, num_draws=0, is_tuned=False, progress=False
+        )
+        trial = program.anneal(plan, tuning, rng_key, self.threshold)
+        found = Tuning(
+            step_size=jnp.exp(smooth(jnp.log(trial.levels.step_size))),
+            scale=trial.levels.inverse_mass**0.5,
+            short_share=tuning.short_share,
+            curvature=jnp.exp(jax.vmap(smooth, 1, 1)(jnp.log(trial.levels.curvature))),
+            moves=trial.levels.moves,
+        )
+        return found, trial
+
+    @property
+    def last_run(self) -> Run:
+        """The last :class:`~lehr.Run`.
+
+        Raises:
+            RuntimeError: if nothing has been run.
+        """
+        if self._run is None:
+            raise RuntimeError(f"this {type(self).__name__} has not been run; call .run(key, ...) first.")
+        return self._run
+
+    def get_samples(self, group_by_chain: bool = False) -> dict[str, np.ndarray]:
+        """The draws at the last level, by site, on each site's own scale; see :meth:`lehr.Run.get_samples`."""
+        return self.last_run.get_samples(group_by_chain)
+
+    def print_summary(self) -> None:
+        """Print a table of sites and a table of levels; see :meth:`lehr.Run.print_summary`."""
+        self.last_run.print_summary()
+
+    def to_arviz(self) -> Any:
+        """The run for ArviZ; see :meth:`lehr.Run.to_arviz`."""
+        return self.last_run.to_arviz()
+
+    def _sample(self, program: Program, rng_key: jax.Array) -> Run:
+        """Tune, and go down the ladder once."""
+        path, plan, ladder = program.path, program.plan, program.ladder
+        started = time.monotonic()
+        with progress_bar(type(self).__name__, len(ladder)) if self.progress else contextlib.nullcontext():
+            key_pilot, key_run = jax.random.split(rng_key)
+            tuning, trial = self.rehearse(program, key_pilot)
+            plan = plan._replace(is_tuned=trial is not None or self.tuning is not None)
+            result = program.anneal(plan, tuning, key_run, self.threshold)
+        run = record(type(self).__name__, path, plan, ladder, result, trial, time.monotonic() - started)
+        stranded = int(np.sum(~np.isfinite(np.asarray(result.logdensity))))
+        if stranded:
+            warnings.warn(
+                f"{stranded} of {plan.num_chains} chains ended where the log density is not finite; print_summary() "
+                "shows at which levels chains diverged.",
+                stacklevel=3,
+            )
+        return run
+
+    def _kernel(self, path: Path) -> Kernel:
+        """The kernel that was asked for, or the one that suits what is known of the factors."""
+        if self.kernel is not None:
+            return self.kernel
+        return HMC(metropolis="line-integral") if path.score_sites else HMC()
+
+    def _weights(self, path: Path) -> Weights | None:
+        return None
+
+    def _checked(self, path: Path, kernel: Kernel, weights: Weights | None) -> Path:
+        """The path as the kernel sees it.
+
+        Raises:
+            TypeError: if the kernel's test, or the weights, do not suit what is known of the factors.
+        """
+        if kernel.integrate_energies:
+            return path.as_scores()
+        if kernel.integrates_score and not path.score_sites:
+            raise TypeError(
+                f"{kernel!r} integrates scores because it has no log density, but here every factor is an energy: the "
+                'exact test is cheaper. Use metropolis="exact", or integrate_energies=True to compare the two.'
+            )
+        if kernel.is_adjusted and not kernel.integrates_score and self.num_steps:
+            path.refuse_scores(f"{type(kernel).__name__}'s Metropolis test")
+        return path
+
+    def _plan(self, path: Path, kernel: Kernel, weights: Weights | None) -> Plan:
+        tunes = _can_tune(path, kernel)
+        pilots = self.tuning is not None or (self.pilot > 0 and tunes)
+        # Models alone move by path weights, which are then free of noise. Beside a likelihood they may stay, where
+        # the covariance of x₀ is known: without it the ratio of densities is right along the proposal only.
+        may_stay = bool(pilots and path.other_sites) and evaluations(path) > 1
+        chooses = self.predictor == "auto" and (weights == "energy" or (weights is not None and may_stay))
+        predictor = (Ancestral() if pilots else None) if self.predictor == "auto" else self.predictor
+        return Plan(
+            kernel=kernel,
+            predictor=None if follow_path(weights) else predictor,
+            chooses=chooses,
+            weights=weights,
+            num_chains=self.num_chains,
+            num_starts=1 if weights or path.score_sites or not path.latent_sites else NUM_STARTS,
+            num_warmup=self.num_warmup if tunes else 0,
+            num_steps=self.num_steps if tunes else self.num_steps + self.num_warmup,
+            num_draws=self.num_samples,
+            thinning=self.thinning,
+            is_tuned=self.tuning is not None,
+            counts_noise=True,
+            progress=self.progress,
+        )
+
+
+def _finest(path: Path) -> Callable[[jax.Array], float]:
+    """The narrowest width of a path, as a function of the level."""
+    position = path.init(jax.random.key(0))
+
+    def finest(t: jax.Array) -> float:
+        widths = path.widths(position, t)
+        return min(float(jnp.min(widths[name])) for name in path.diffusion_sites)
+
+    return finest
+
+
+def _can_tune(path: Path, kernel: Kernel) -> bool:
+    """Whether there is an acceptance to tune by: without log densities only a line integral has one."""
+    return kernel.integrates_score or not path.score_sites

@@ -1,0 +1,50 @@
+"""What is static about a run: together with the structure of its path, it decides what is compiled."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from lehr.annealing.predictors import Predictor
+from lehr.annealing.weights import Weights, follow_path
+from lehr.kernels.base import Kernel
+
+__all__ = ["Plan"]
+
+
+class Plan(NamedTuple):
+    """How chains move, how they are weighed, and how many there are of everything.
+
+    Attributes:
+        kernel: how chains move at a level.
+        predictor: how they move to the next; None where they stay, or follow the path's weights.
+        chooses: whether weighted chains move or stay, level by level, by which keeps more of them.
+        weights: how they are weighed; None for independent chains.
+        num_chains: N.
+        num_starts: draws that each chain chooses its start from; 1 for weighted chains.
+        num_warmup: tuned transitions at each level.
+        num_steps: transitions at each level that count.
+        num_draws: draws kept of each chain after the last level; a weighted run keeps its final points.
+        thinning: transitions for each kept one.
+        is_tuned: whether steps are given, level by level, rather than found.
+        counts_noise: whether predictors know that a product counts the noise more than once.
+        progress: whether levels are reported as they finish.
+    """
+
+    kernel: Kernel
+    predictor: Predictor | None
+    chooses: bool
+    weights: Weights | None
+    num_chains: int
+    num_starts: int
+    num_warmup: int
+    num_steps: int
+    num_draws: int
+    thinning: int
+    is_tuned: bool
+    counts_noise: bool
+    progress: bool
+
+    @property
+    def follows_path(self) -> bool:
+        """Whether chains move between levels by the models' own reverse kernels."""
+        return follow_path(self.weights)

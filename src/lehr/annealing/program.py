@@ -1,0 +1,81 @@
+"""A path made ready for the level loop: its structure and its data, with what is static and the levels."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lehr.annealing.ladder import Ladder
+from lehr.annealing.loop import Anneal, anneal
+from lehr.annealing.plan import Plan
+from lehr.annealing.tuning import Tuning
+from lehr.programs.closure import Constants, Structure, close
+from lehr.programs.path import Path
+from lehr.programs.reverse import Level
+
+__all__ = ["Program"]
+
+_compiled = jax.jit(anneal, static_argnames=("structure", "plan"))
+
+
+class Program(NamedTuple):
+    """What is known of a run before it is compiled.
+
+    Attributes:
+        path: bound, and ending where the ladder does.
+        plan: what is static.
+        ladder: the levels.
+        structure: the path's functions.
+        constants: its data.
+    """
+
+    path: Path
+    plan: Plan
+    ladder: Ladder
+    structure: Structure
+    constants: Constants
+
+    @classmethod
+    def of(cls, path: Path, plan: Plan, ladder: Ladder, *optional: str) -> Program:
+        """The program of a path that ends where the ladder does.
+
+        Args:
+            path: bound.
+            plan: what is static.
+            ladder: the levels.
+            optional: functions of the path besides those that the plan needs.
+        """
+        return cls(path, plan, ladder, *close(path, *_needed(path, plan), *optional))
+
+    @property
+    def dimension(self) -> int:
+        """D: how many numbers a position has, over all latent sites."""
+        return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(self.path.init, jax.random.key(0))))
+
+    def anneal(self, plan: Plan, tuning: Tuning, rng_key: jax.Array, threshold: float) -> Anneal:
+        """The level loop, compiled if it is new, and run to its end; see :func:`~lehr.annealing.loop.anneal`."""
+        times = self.ladder.times
+        return jax.block_until_ready(
+            _compiled(
+                structure=self.structure,
+                plan=plan,
+                constants=self.constants,
+                times=times,
+                levels=Level.of(self.path.schedule, times),
+                tuning=tuning,
+                rng_key=rng_key,
+                threshold=jnp.asarray(threshold, float),
+            )
+        )
+
+
+def _needed(path: Path, plan: Plan) -> list[str]:
+    """What the loop needs of a path besides the four functions that it always needs."""
+    needed = ["unknown"] if path.score_sites else []
+    if plan.follows_path:
+        needed += ["reverse_step", "start_density"] + (["others"] if path.other_sites else [])
+    elif plan.predictor is not None:
+        needed += ["copies"] if plan.counts_noise else ["copies", "moments"]
+    return needed
