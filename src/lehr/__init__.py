@@ -8,12 +8,14 @@ ladder; ArviZ tells whether to believe it.
 import numpyro  # noqa: F401  # whole, before any part: ArviZ 1.x leaves a lazy NumPyro behind, whose parts load twice
 
 from lehr.annealing.drivers import AnnealedMCMC, AnnealedSMC, Reverse
+from lehr.annealing.evidence import Evidence, evidence
 from lehr.annealing.exchange import ReplicaExchange
 from lehr.annealing.ladder import Ladder
 from lehr.annealing.predictors import Restart
 from lehr.annealing.run import Run
 from lehr.annealing.tuning import Tuning
 from lehr.checkpoints.native import CheckpointError
+from lehr.diagnostics.calibration import Calibration, sbc
 from lehr.diagnostics.tree import from_netcdf
 from lehr.kernels import GHMC, HMC, MALA, MCLMC, NUTS, UHMC, ULA, Barker, Kernel
 from lehr.potentials.analytic import ExactPotential, Gaussian, GaussianMixture, Uniform
@@ -41,12 +43,14 @@ __all__ = [
     "AnnealedMCMC",
     "AnnealedSMC",
     "Barker",
+    "Calibration",
     "CheckpointError",
     "Contrast",
     "Diffusion",
     "DiscreteSchedule",
     "EnergyNetwork",
     "EnergyPotential",
+    "Evidence",
     "ExactPotential",
     "Gaussian",
     "GaussianMixture",
@@ -72,11 +76,13 @@ __all__ = [
     "VPCosine",
     "VPLinear",
     "current_level",
+    "evidence",
     "fit",
     "from_netcdf",
     "guidance",
     "load",
     "noise_level",
+    "sbc",
     "with_schedule",
     "zoo",
 ]

@@ -110,9 +110,12 @@ class Driver:
                 other way round.
         """
         rng_key = as_key(rng_key)
-        path = self.path if self.path.is_bound and not (args or kwargs) else self.path(*args, **kwargs)
-        self._run = self._sample(self.prepare(path), rng_key)
+        self._run = self._sample(self.prepare(self.bind(*args, **kwargs)), rng_key)
         return self._run
+
+    def bind(self, *args: Any, **kwargs: Any) -> Path:
+        """The path of the model with these arguments; that of a potential, or a bound one, needs none."""
+        return self.path if self.path.is_bound and not (args or kwargs) else self.path(*args, **kwargs)
 
     def prepare(self, path: Path, t_min: float | None = None) -> Program:
         """What is known of a run before it is compiled.
@@ -125,7 +128,7 @@ class Driver:
             ValueError, TypeError: as :meth:`run`.
         """
         path.bound_arguments()
-        kernel, weights = self._kernel(path), self._weights(path)
+        kernel, weights = self._kernel(path), self.weights_of(path)
         path = self._checked(path, kernel, weights)
         ladder = self.ladder
         if not isinstance(ladder, Ladder):
@@ -174,9 +177,9 @@ class Driver:
         """Print a table of sites and a table of levels; see :meth:`lehr.Run.print_summary`."""
         self.last_run.print_summary()
 
-    def to_arviz(self) -> Any:
-        """The run for ArviZ; see :meth:`lehr.Run.to_arviz`."""
-        return self.last_run.to_arviz()
+    def to_arviz(self, **groups: Any) -> Any:
+        """The run for ArviZ, with further groups such as ``prior=``; see :meth:`lehr.Run.to_arviz`."""
+        return self.last_run.to_arviz(**groups)
 
     def _sample(self, program: Program, rng_key: jax.Array) -> Run:
         """Tune, and go down the ladder once."""
@@ -203,7 +206,8 @@ class Driver:
             return self.kernel
         return HMC(metropolis="line-integral") if path.score_sites else HMC()
 
-    def _weights(self, path: Path) -> Weights | None:
+    def weights_of(self, path: Path) -> Weights | None:
+        """How chains on a path are weighed; None for chains that are not."""
         return None
 
     def _checked(self, path: Path, kernel: Kernel, weights: Weights | None) -> Path:

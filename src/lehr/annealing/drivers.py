@@ -164,7 +164,7 @@ class AnnealedSMC(Driver):
         """log ∫ Π p_i^{w_i}(x) p(θ) L(y | x, θ) dx dθ at the last level, every energy at face value."""
         return self.last_run.log_evidence
 
-    def _weights(self, path: Path) -> Weights:
+    def weights_of(self, path: Path) -> Weights:
         if self.weights is not None:
             return self.weights
         return "path" if path.score_sites else "energy"

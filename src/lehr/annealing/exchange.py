@@ -170,7 +170,7 @@ class ReplicaExchange(Driver):
             type(self).__name__, program.path, program.ladder, position, {"lp": logdensity}, levels, attrs, tuning
         )
 
-    def _weights(self, path: Path) -> Weights:
+    def weights_of(self, path: Path) -> Weights:
         return "energy"
 
     def _checked(self, path: Path, kernel: Kernel, weights: Weights | None) -> Path:

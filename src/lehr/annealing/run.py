@@ -16,6 +16,7 @@ systematic resampling used here it errs on the large side.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
@@ -62,6 +63,7 @@ class Run:
     levels: dict[str, np.ndarray] = field(repr=False)
     attrs: dict[str, Any]
     tuning: Tuning = field(repr=False)
+    _path: Path = field(repr=False)
     particles: dict[str, np.ndarray] = field(repr=False, default_factory=dict)
     log_weights: np.ndarray | None = field(repr=False, default=None)
     _log_evidence: float | None = None
@@ -76,6 +78,10 @@ class Run:
         if group_by_chain:
             return dict(self.samples)
         return {name: draws.reshape(-1, *draws.shape[2:]) for name, draws in self.samples.items()}
+
+    def log_likelihood(self) -> dict[str, np.ndarray]:
+        """log p of what was observed at each draw, by observed site that is no diffusion: (chain, draw, *events)."""
+        return {name: np.asarray(value) for name, value in self._path.log_likelihood(self.samples, 2).items()}
 
     @property
     def log_evidence(self) -> float:
@@ -98,15 +104,34 @@ class Run:
 
         return to_xarray(self)
 
-    def to_arviz(self) -> Any:
+    def to_arviz(
+        self,
+        *,
+        prior: Mapping[str, Any] | None = None,
+        posterior_predictive: Mapping[str, Any] | None = None,
+        log_likelihood: Mapping[str, Any] | bool = False,
+    ) -> Any:
         """The run as ArviZ has it: ``InferenceData`` for ArviZ 0.x, ``xarray.DataTree`` from 1.0 on.
 
         Groups: ``/posterior``, ``/sample_stats``, ``/observed_data``, ``/anneal`` with the dimension
-        ``noise_level``, and for a weighted run ``/particles``.
+        ``noise_level``, for a weighted run ``/particles``, and what is given here.
+
+        Args:
+            prior: draws by site, as ``numpyro.infer.Predictive(model, num_samples=...)`` returns them.
+            posterior_predictive: draws by site, one for each posterior draw in order, as
+                ``Predictive(model, run.get_samples())`` returns them.
+            log_likelihood: log p of each observed event at each posterior draw, by site, as
+                ``numpyro.infer.log_likelihood`` returns it; True has it computed, and ``arviz.loo`` works then.
+                Events in a plate are counted one by one, those joined by ``to_event`` as one.
+
+        Raises:
+            ValueError: if a group has not one draw for each of the posterior's.
         """
         from lehr.diagnostics.tree import to_arviz
 
-        return to_arviz(self)
+        if log_likelihood is True:
+            log_likelihood = self.log_likelihood()
+        return to_arviz(self, prior, posterior_predictive, log_likelihood or None)
 
     def to_netcdf(self, path: str | FilePath) -> FilePath:
         """Write the tree to a netCDF file; :func:`lehr.from_netcdf` and ArviZ read it."""
@@ -163,6 +188,7 @@ def make_run(
             "calibrated": int(path.is_calibrated),
         },
         tuning=tuning,
+        _path=path,
         **weighted,
     )
 

@@ -6,6 +6,7 @@ ArviZ 1.x works on :class:`xarray.DataTree` itself; 0.x wraps the same tree in i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -21,8 +22,17 @@ __all__ = ["from_netcdf", "to_arviz", "to_netcdf", "to_xarray"]
 _IS_DATATREE = int(version("arviz").split(".")[0]) >= 1
 
 
-def to_xarray(run: Run) -> xr.DataTree:
-    """The tree of ``run``; see :meth:`lehr.Run.to_arviz` for its groups."""
+def to_xarray(
+    run: Run,
+    prior: Mapping[str, Any] | None = None,
+    posterior_predictive: Mapping[str, Any] | None = None,
+    log_likelihood: Mapping[str, Any] | None = None,
+) -> xr.DataTree:
+    """The tree of ``run``; see :meth:`lehr.Run.to_arviz` for its groups.
+
+    Raises:
+        ValueError: if what is given has not one draw for each of the posterior's.
+    """
     groups = {
         "/posterior": _dataset(run.samples, ("chain", "draw")),
         "/sample_stats": _dataset(run.sample_stats, ("chain", "draw")),
@@ -30,6 +40,12 @@ def to_xarray(run: Run) -> xr.DataTree:
     }
     if run.observations:
         groups["/observed_data"] = _dataset(run.observations, ())
+    if prior:
+        groups["/prior"] = _dataset({k: np.asarray(v)[None] for k, v in prior.items()}, ("chain", "draw"))
+    for group, given in (("posterior_predictive", posterior_predictive), ("log_likelihood", log_likelihood)):
+        if given:
+            shaped = {name: _by_chain(run, group, name, value) for name, value in given.items()}
+            groups[f"/{group}"] = _dataset(shaped, ("chain", "draw"))
     if run.log_weights is not None:
         groups["/particles"] = _dataset({**run.particles, "log_weight": run.log_weights}, ("particle",))
     attrs = {
@@ -48,9 +64,9 @@ def to_xarray(run: Run) -> xr.DataTree:
     return xr.DataTree.from_dict({"/": xr.Dataset(attrs=attrs), **groups})
 
 
-def to_arviz(run: Run) -> Any:
-    """``InferenceData`` with ArviZ 0.x, the tree itself from 1.0 on."""
-    return _as_arviz(to_xarray(run))
+def to_arviz(run: Run, *groups: Mapping[str, Any] | None) -> Any:
+    """``InferenceData`` with ArviZ 0.x, the tree itself from 1.0 on; ``groups`` as for :func:`to_xarray`."""
+    return _as_arviz(to_xarray(run, *groups))
 
 
 def to_netcdf(run: Run, path: str | Path) -> Path:
@@ -77,6 +93,20 @@ def _as_arviz(tree: xr.DataTree) -> Any:
     import arviz as az  # here, since it is slow to import
 
     return az.InferenceData.from_datatree(tree)
+
+
+def _by_chain(run: Run, group: str, name: str, value: Any) -> np.ndarray:
+    """One value for each draw, in the chains of the posterior."""
+    value = np.asarray(value)
+    chains, draws = next(iter(run.samples.values())).shape[:2]
+    if value.shape[:2] == (chains, draws):
+        return value
+    if value.shape[:1] != (chains * draws,):
+        raise ValueError(
+            f"{group}[{name!r}] has shape {value.shape}; expected one value for each posterior draw, with leading "
+            f"dimensions ({chains * draws},) as get_samples() orders them, or ({chains}, {draws})."
+        )
+    return value.reshape(chains, draws, *value.shape[1:])
 
 
 def _dataset(arrays: dict[str, np.ndarray], leading: tuple[str, ...]) -> xr.Dataset:

@@ -46,7 +46,7 @@ __all__ = ["Path", "Position", "total_log_prob"]
 
 Position = dict[str, jax.Array]
 Site = dict[str, Any]
-Guidances = Guidance | Mapping[str, Guidance]
+Guidances = Guidance | Mapping[str, Guidance] | Mapping[str | None, Guidance]
 
 
 class Path:
@@ -247,17 +247,43 @@ class Path:
         """
         args, kwargs = self.bound_arguments()
         if not self.discrete:
-            return constrain_fn(self.model, args, kwargs, position, return_deterministic=True, batch_ndims=batch_ndims)
+            return constrain_fn(
+                self._seeded(), args, kwargs, position, return_deterministic=True, batch_ndims=batch_ndims
+            )
 
         def one(rng_key: jax.Array, position: Position) -> dict[str, jax.Array]:
             z = self._draw_discrete(rng_key, position)
-            model = handlers.substitute(self.model, data=z)
+            model = handlers.substitute(self._seeded(), data=z)
             return z | constrain_fn(model, args, kwargs, position, return_deterministic=True)
 
         shape = jax.tree.leaves(position)[0].shape[:batch_ndims]
         for _ in shape:
             one = jax.vmap(one)
         return one(jax.random.split(jax.random.key(0), shape) if shape else jax.random.key(0), position)
+
+    def log_likelihood(self, samples: Mapping[str, Any], batch_ndims: int = 0) -> dict[str, jax.Array]:
+        """log p of what was observed, by observed site that is no diffusion, for draws of the latents.
+
+        Args:
+            samples: the latents' own values, as :meth:`constrain` returns them, each with ``batch_ndims`` leading
+                dimensions.
+            batch_ndims: how many.
+        """
+        args, kwargs = self.bound_arguments()
+        latents = {*self.diffusion_sites, *self.latent_sites, *self.discrete}
+
+        def one(values: Position) -> dict[str, jax.Array]:
+            model = handlers.substitute(self._seeded(), data=values)
+            with handlers.trace() as trace, noise_level(t=self.end, schedule=self.schedule):
+                model(*args, **kwargs)
+            sites = {name: trace[name] for name in self.other_sites if trace[name]["is_observed"]}
+            return {name: site["fn"].log_prob(site["value"]) for name, site in sites.items()}
+
+        values = {name: jnp.asarray(value) for name, value in samples.items() if name in latents}
+        shape = jax.tree.leaves(values)[0].shape[:batch_ndims]
+        flat = jax.tree.map(lambda v: v.reshape(-1, *v.shape[batch_ndims:]), values)
+        found = jax.lax.map(one, flat, batch_size=1024)
+        return jax.tree.map(lambda v: v.reshape(*shape, *v.shape[1:]), found)
 
     def _draw_discrete(self, rng_key: jax.Array, position: Position) -> Position:
         """The discrete latents from their conditional at the end of the ladder."""
@@ -352,7 +378,7 @@ class Path:
     def _parts(self, values: Position) -> dict[str, Any]:
         """By site, the arrays that its distribution is made of, and its value, where latents are ``values``."""
         args, kwargs = self.bound_arguments()
-        model = handlers.substitute(handlers.seed(self.model, 0), data=values)
+        model = handlers.substitute(self._seeded(), data=values)
         with handlers.trace() as trace, noise_level(t=1.0, schedule=self.schedule):
             model(*args, **kwargs)
         sites = {name: site for name, site in trace.items() if site["type"] == "sample"}
@@ -405,13 +431,21 @@ class Path:
                 return jnp.zeros(site["fn"].shape()) if x is None else x[name]
             if name in self.discrete:
                 return position.get(name, None if rng_key is not None else self.discrete[name][0])
-            return biject_to(site["fn"].support)(position[name]) if name in position else None
+            if name in position:
+                return biject_to(site["fn"].support)(position[name])
+            if rng_key is None:
+                raise KeyError(f"the position has no value for the latent site {name!r}; it has {sorted(position)}.")
+            return None
 
-        model = self.model if rng_key is None else handlers.seed(self.model, rng_key)
+        model = self._seeded(jax.random.key(0) if rng_key is None else rng_key)
         schedule = getattr(self, "schedule", None)
         with handlers.trace() as trace, handlers.substitute(substitute_fn=value), noise_level(t=t, schedule=schedule):
             model(*args, **kwargs)
         return [site for site in trace.values() if site["type"] == "sample"]
+
+    def _seeded(self, rng_key: jax.Array | int = 0) -> Callable[..., Any]:
+        """The model with a key of its own: where nothing is drawn, handlers such as ``do`` ask for one all the same."""
+        return handlers.seed(self.model, rng_key)
 
     def origin(self) -> Position:
         self.bound_arguments()
