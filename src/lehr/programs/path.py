@@ -433,7 +433,7 @@ class Path:
                 return position.get(name, None if rng_key is not None else self.discrete[name][0])
             if name in position:
                 return biject_to(site["fn"].support)(position[name])
-            if rng_key is None:
+            if rng_key is None and name in self.latent_sites:
                 raise KeyError(f"the position has no value for the latent site {name!r}; it has {sorted(position)}.")
             return None
 
