@@ -247,13 +247,11 @@ class Path:
         """
         args, kwargs = self.bound_arguments()
         if not self.discrete:
-            return constrain_fn(
-                self._seeded(), args, kwargs, position, return_deterministic=True, batch_ndims=batch_ndims
-            )
+            return constrain_fn(self.model, args, kwargs, position, return_deterministic=True, batch_ndims=batch_ndims)
 
         def one(rng_key: jax.Array, position: Position) -> dict[str, jax.Array]:
             z = self._draw_discrete(rng_key, position)
-            model = handlers.substitute(self._seeded(), data=z)
+            model = handlers.substitute(self.model, data=z)
             return z | constrain_fn(model, args, kwargs, position, return_deterministic=True)
 
         shape = jax.tree.leaves(position)[0].shape[:batch_ndims]
@@ -273,7 +271,7 @@ class Path:
         latents = {*self.diffusion_sites, *self.latent_sites, *self.discrete}
 
         def one(values: Position) -> dict[str, jax.Array]:
-            model = handlers.substitute(self._seeded(), data=values)
+            model = handlers.substitute(self.model, data=values)
             with handlers.trace() as trace, noise_level(t=self.end, schedule=self.schedule):
                 model(*args, **kwargs)
             sites = {name: trace[name] for name in self.other_sites if trace[name]["is_observed"]}
@@ -378,7 +376,7 @@ class Path:
     def _parts(self, values: Position) -> dict[str, Any]:
         """By site, the arrays that its distribution is made of, and its value, where latents are ``values``."""
         args, kwargs = self.bound_arguments()
-        model = handlers.substitute(self._seeded(), data=values)
+        model = handlers.substitute(handlers.seed(self.model, 0), data=values)
         with handlers.trace() as trace, noise_level(t=1.0, schedule=self.schedule):
             model(*args, **kwargs)
         sites = {name: site for name, site in trace.items() if site["type"] == "sample"}
@@ -437,15 +435,11 @@ class Path:
                 raise KeyError(f"the position has no value for the latent site {name!r}; it has {sorted(position)}.")
             return None
 
-        model = self._seeded(jax.random.key(0) if rng_key is None else rng_key)
+        model = self.model if rng_key is None else handlers.seed(self.model, rng_key)
         schedule = getattr(self, "schedule", None)
         with handlers.trace() as trace, handlers.substitute(substitute_fn=value), noise_level(t=t, schedule=schedule):
             model(*args, **kwargs)
         return [site for site in trace.values() if site["type"] == "sample"]
-
-    def _seeded(self, rng_key: jax.Array | int = 0) -> Callable[..., Any]:
-        """The model with a key of its own: where nothing is drawn, handlers such as ``do`` ask for one all the same."""
-        return handlers.seed(self.model, rng_key)
 
     def origin(self) -> Position:
         self.bound_arguments()
