@@ -126,7 +126,7 @@ class ReplicaExchange(Driver):
         replicas = begin(
             program.structure, program.plan.kernel, self.num_chains, program.constants, program.ladder.times, key_start
         )
-        self._standing = _Standing(program, tuning, key_run, replicas)
+        self._run, self._standing = None, _Standing(program, tuning, key_run, replicas)
         if self.num_warmup:
             self._sweep(self.num_warmup, 1)
         return self._drawn(self.num_samples, made / self.num_chains, self.num_warmup, started)
