@@ -7,6 +7,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from stand_ins import ScoreOf
 
 import lehr
 
@@ -173,29 +174,7 @@ def test_a_canvas_with_a_hole_is_refused_by_name():
 
 
 def test_a_score_of_a_region_is_a_score():
-    class Score(lehr.ScorePotential):
-        """What is left of a patch when its density is forgotten."""
-
-        energy: lehr.EnergyPotential
-        schedule: lehr.Schedule = eqx.field(static=True)
-        event_shape: tuple[int, ...] = eqx.field(static=True)
-
-        def moments(self, t):
-            return self.energy.moments(t)
-
-        def width(self, t):
-            return self.energy.width(t)
-
-        def _score(self, x, t):
-            return self.energy._score(x, t)
-
-        def _denoise(self, x, t):
-            return self.energy._denoise(x, t)
-
-        def _noise(self, x, t):
-            return self.energy._noise(x, t)
-
-    score = Score(PATCHES[1], SCHEDULE, (4,))
+    score = ScoreOf(PATCHES[1])
     p = lehr.Product(
         [lehr.Region(PATCHES[0], CROPS[0]), lehr.Region(score, CROPS[1]), lehr.Region(PATCHES[2], CROPS[2])]
     )

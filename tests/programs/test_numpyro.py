@@ -13,6 +13,7 @@ from numpyro.infer.initialization import init_to_mean
 from numpyro.infer.reparam import LocScaleReparam
 from numpyro.infer.util import initialize_model, log_density
 from scipy import stats
+from stand_ins import ScoreOf
 
 import lehr
 
@@ -58,31 +59,9 @@ def test_prior_predictive_draws_networks_by_reverse_diffusion():
 
 @pytest.mark.parametrize("t", [0.0, 0.4])
 def test_reverse_draws_have_the_moments_of_their_level(t):
-    class Plain(lehr.ScorePotential):
-        """The mixture, known by its noise alone."""
-
-        p: lehr.EnergyPotential
-        schedule = property(lambda self: self.p.schedule)
-        event_shape = property(lambda self: self.p.event_shape)
-
-        def moments(self, t):
-            return self.p.moments(t)
-
-        def width(self, t):
-            return self.p.width(t)
-
-        def _score(self, x, t):
-            return self.p._score(x, t)
-
-        def _denoise(self, x, t):
-            return self.p._denoise(x, t)
-
-        def _noise(self, x, t):
-            return self.p._noise(x, t)
-
     p = lehr.GaussianMixture(np.array([[-1.0, 0.0], [1.0, 0.5]]), np.array([0.4, 0.3]), np.array([0.3, 0.7]), SCHEDULE)
     n = 4000
-    x = np.asarray(lehr.Diffusion(Plain(p), t).sample(jax.random.key(1), (n // 2, 2))).reshape(n, 2)
+    x = np.asarray(lehr.Diffusion(ScoreOf(p), t).sample(jax.random.key(1), (n // 2, 2))).reshape(n, 2)
     m = p.moments(t)
     np.testing.assert_array_less(np.abs(x.mean(0) - m.mean), 4 * np.asarray(m.std) / np.sqrt(n))
     np.testing.assert_allclose(x.std(0), m.std, rtol=0.05)
