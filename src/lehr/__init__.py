@@ -20,10 +20,11 @@ from lehr.diagnostics.tree import from_netcdf
 from lehr.kernels import GHMC, HMC, MALA, MCLMC, NUTS, UHMC, ULA, Barker, Kernel
 from lehr.potentials.analytic import ExactPotential, Gaussian, GaussianMixture, Uniform
 from lehr.potentials.base import EnergyPotential, Potential, ScorePotential
-from lehr.potentials.network import EnergyNetwork, ScoreNetwork
+from lehr.potentials.network import EnergyNetwork
 from lehr.potentials.operators import Contrast, Mixture, Power, Product
 from lehr.potentials.region import Region
 from lehr.potentials.reschedule import with_schedule
+from lehr.potentials.score_network import ScoreNetwork
 from lehr.programs import guidance
 from lehr.programs.diffusion import Diffusion, current_level, noise_level
 from lehr.programs.path import Path

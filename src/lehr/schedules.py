@@ -33,6 +33,7 @@ from functools import cached_property
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from numpy.typing import ArrayLike
 
 __all__ = ["VE", "DiscreteSchedule", "RectifiedFlow", "Schedule", "VPCosine", "VPLinear"]
@@ -249,6 +250,23 @@ class DiscreteSchedule(Schedule):
     def log_snr(self, t: ArrayLike) -> jax.Array:
         times, log_snr = self._table
         return jnp.interp(jnp.asarray(t, float), jnp.asarray(times, float), jnp.asarray(log_snr, float))
+
+    @property
+    def num_steps(self) -> int:
+        """T, the number of training steps."""
+        return len(self.alphas_cumprod)
+
+    def step(self, t: ArrayLike) -> jax.Array:
+        """The continuous index i = t (T − 1), exactly an integer at the ``time_of_step`` of that integer."""
+        index = jnp.asarray(t, float) * (self.num_steps - 1)
+        nearest = jnp.round(index)
+        rounding = 2 * jnp.finfo(index.dtype).eps * (self.num_steps - 1)
+        # The value is the integer's, the derivative that of the line.
+        return jnp.where(jnp.abs(index - nearest) <= rounding, index + lax.stop_gradient(nearest - index), index)
+
+    def time_of_step(self, index: ArrayLike) -> jax.Array:
+        """The time t = i/(T − 1) of step i, which may lie between integers."""
+        return jnp.asarray(index, float) / (self.num_steps - 1)
 
     def time(self, log_snr: ArrayLike) -> jax.Array:
         times, table = self._table

@@ -4,12 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from evaluate import noising, readings, scores
+from evaluate import noising, readings
 from flax import nnx
 
 import lehr
 from lehr.networks import ResidualMLP
-from lehr.predictions import predict
 
 EPS = np.finfo(np.float32).eps
 HEADS = ("scalar", "inner", "l2", "dae")
@@ -28,9 +27,6 @@ def mlp(head, readout=0.3):
 
 def energy(head, readout=0.3, schedule=None):
     return lehr.EnergyNetwork(mlp(head, readout), schedule, head=head, mean=MEAN, std=STD)
-
-
-# Energies.
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -141,55 +137,6 @@ def test_calibrated_is_what_was_said():
     assert lehr.EnergyNetwork(mlp("scalar"), calibrated=True).is_calibrated
 
 
-# Scores.
-
-
-class PerfectHead(nnx.Module):
-    """What a head of type ``prediction`` would say had it learned N(MEAN, STD²) exactly."""
-
-    def __init__(self, prediction, schedule, time_input):
-        self.mean = nnx.Param(jnp.asarray(MEAN, float))
-        self.prediction, self.schedule, self.time_input = prediction, schedule, time_input
-
-    def __call__(self, x, told):
-        t = told if self.time_input == "time" else self.schedule.time(-2 * told)
-        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-        offset = (x - alpha * self.mean) / (alpha**2 * STD**2 + sigma**2)
-        return predict(self.prediction, self.mean + alpha * STD**2 * offset, sigma * offset, t, self.schedule)
-
-
-FLOW, COSINE = lehr.RectifiedFlow(), lehr.VPCosine()
-
-
-@pytest.mark.parametrize("time_input", ["time", "log_ratio"])
-@pytest.mark.parametrize(
-    ("prediction", "schedule"),
-    [("noise", COSINE), ("data", COSINE), ("score", COSINE), ("v", COSINE), ("velocity", FLOW)],
-)
-def test_a_perfect_head_of_any_type_is_the_gaussian(prediction, schedule, time_input):
-    p = lehr.ScoreNetwork(
-        PerfectHead(prediction, schedule, time_input), schedule, (2,), prediction=prediction, time_input=time_input
-    )
-    alpha, sigma = noising(schedule, T)
-    offset = (X - alpha * MEAN) / (alpha**2 * STD**2 + sigma**2)
-    score, data, noise = scores(p, X, T)
-    # Rounding of x and of the time told, of order EPS, is divided by α in x̂₀, σ in ε̂ and σ² in s.
-    size = 128 * EPS * (1 + np.abs(X))
-    assert np.all(np.abs(score + offset) <= size / sigma**2)
-    assert np.all(np.abs(noise - sigma * offset) <= size / sigma)
-    assert np.all(np.abs(data - (MEAN + alpha * STD**2 * offset)) <= size / alpha)
-    assert all(np.all(np.isfinite(a)) for a in scores(p, X, np.array([0.0, 1.0], np.float32)))
-
-
-def test_score_network_has_the_stated_moments_and_width():
-    p = lehr.ScoreNetwork(PerfectHead("noise", COSINE, "time"), COSINE, (2,), mean=MEAN, std=[0.2, 0.6])
-    gaussian = lehr.Gaussian(MEAN, [0.2, 0.6])
-    for t in (0.0, 0.4, 1.0):
-        np.testing.assert_allclose(p.moments(t).mean, gaussian.moments(t).mean, rtol=1e-6)
-        np.testing.assert_allclose(p.moments(t).std, gaussian.moments(t).std, rtol=1e-6)
-        np.testing.assert_allclose(p.width(t), gaussian.width(t), rtol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -197,12 +144,8 @@ def test_score_network_has_the_stated_moments_and_width():
         (lambda n: lehr.EnergyNetwork(n, std=0.0), "std must be positive"),
         (lambda n: lehr.EnergyNetwork(n, feature_scale=-1.0), "feature_scale must be positive"),
         (lambda n: lehr.EnergyNetwork(n, sigma_range=(1.0, 0.1)), "0 < low < high"),
-        (lambda n: lehr.ScoreNetwork(n, COSINE, (2,), prediction="eps"), "unknown prediction 'eps'.*noise, data"),
-        (lambda n: lehr.ScoreNetwork(n, COSINE, (2,), time_input="sigma"), "unknown time_input 'sigma'"),
-        (lambda n: lehr.ScoreNetwork(n, COSINE, (2,), std=[1.0, 0.0]), "std must be positive"),
-        (lambda n: lehr.ScoreNetwork(n, COSINE, (2,), feature_scale=0.0), "feature_scale must be positive"),
     ],
 )
-def test_impossible_networks_are_refused(build, message):
+def test_impossible_energies_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build(mlp("scalar"))

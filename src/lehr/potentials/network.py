@@ -1,6 +1,6 @@
-r"""Networks as potentials.
+r"""Energies made of a network.
 
-**Energies.** With the data's mean m and standard deviation s written in by hand,
+With the data's mean m and standard deviation s written in by hand,
 
     log p_t(x) = log N(x; α m, v) − (α s/σ)(s² α²/v) F_θ(z, c) ,    v = α² s² + σ²,
     z = (x − α m)/√v,    c = log(σ/α),
@@ -11,10 +11,6 @@ far into the noise the third cumulant, the first that a Gaussian lacks, decays l
 (α s/σ)³. The density therefore ends, at t = 1, in a Gaussian whose constant is known; if
 the time derivative is trained too (:mod:`lehr.training.dual`), the energy comes out
 normalised. c is clipped to the range that was trained.
-
-**Scores.** A network f(x, c) is read as the noise ε̂, the data x̂₀, the VP velocity
-v̂ = α ε̂ − σ x̂₀, or the score itself; each reading of the potential is computed from the
-head in the form that is not singular there.
 
 References:
     Du et al., Reduce, reuse, recycle, ICML 2023 (energy parametrisations).
@@ -35,12 +31,10 @@ import jax.numpy as jnp
 from flax import nnx
 from numpy.typing import ArrayLike
 
-from lehr.potentials.base import EnergyPotential, Moments, ScorePotential, check_positive, replace
-from lehr.predictions import PREDICTIONS, Prediction, Readings, read
+from lehr.potentials.base import EnergyPotential, Moments, check_positive, replace
 from lehr.schedules import Schedule, VPCosine
 
-__all__ = ["EnergyNetwork", "ScoreNetwork"]
-
+__all__ = ["EnergyNetwork"]
 
 HEADS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "scalar": lambda z, f: f,
@@ -168,80 +162,3 @@ class EnergyNetwork(EnergyPotential):
         condition = jnp.clip(jnp.log(sigma / alpha), math.log(low), math.log(high))
         f = nnx.merge(self.graphdef, self.state)(z, condition)
         return HEADS[self.head](z, f)
-
-
-class ScoreNetwork(ScorePotential):
-    """A network whose output is, or is read as, a score.
-
-    Args:
-        network: a module called as ``network(x, c)``, or with what ``time_input`` says in place
-            of c; it returns an array of the shape of x.
-        schedule: the schedule that it was trained with.
-        event_shape: shape of x.
-        prediction: what the output is: ``"noise"``, ``"data"``, ``"score"``, ``"v"`` or ``"velocity"``.
-        time_input: what the network is told of the noise: ``"log_ratio"`` c = log(σ/α), or ``"time"`` t.
-        mean: the data's mean, () or event-shaped, in data units.
-        std: the data's standard deviation, () or event-shaped, in data units.
-        feature_scale: standard deviation of the data's finest feature; defaults to the least ``std``.
-
-    Raises:
-        ValueError: for an unknown prediction or time input, or scales that are not positive.
-    """
-
-    graphdef: Any = eqx.field(static=True)
-    state: Any
-    mean: jax.Array
-    std: jax.Array
-    feature_scale: jax.Array
-    schedule: Schedule = eqx.field(static=True)
-    event_shape: tuple[int, ...] = eqx.field(static=True)
-    prediction: Prediction = eqx.field(static=True)
-    time_input: str = eqx.field(static=True)
-
-    def __init__(
-        self,
-        network: nnx.Module,
-        schedule: Schedule,
-        event_shape: tuple[int, ...],
-        *,
-        prediction: Prediction = "noise",
-        time_input: Literal["log_ratio", "time"] = "log_ratio",
-        mean: ArrayLike = 0.0,
-        std: ArrayLike = 1.0,
-        feature_scale: ArrayLike | None = None,
-    ) -> None:
-        if prediction not in PREDICTIONS:
-            raise ValueError(f"unknown prediction {prediction!r}; expected one of {', '.join(PREDICTIONS)}.")
-        if time_input not in ("log_ratio", "time"):
-            raise ValueError(f"unknown time_input {time_input!r}; expected 'log_ratio' or 'time'.")
-        self.graphdef, self.state = nnx.split(network)
-        self.mean = jnp.broadcast_to(jnp.asarray(mean, float), event_shape)
-        self.std = jnp.broadcast_to(check_positive("std", std), event_shape)
-        self.feature_scale = check_positive(
-            "feature_scale", jnp.min(self.std) if feature_scale is None else feature_scale
-        )
-        self.schedule = schedule
-        self.event_shape = tuple(event_shape)
-        self.prediction = prediction
-        self.time_input = time_input
-
-    def moments(self, t: ArrayLike) -> Moments:
-        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-        return Moments(alpha * self.mean, jnp.hypot(alpha * self.std, sigma))
-
-    def width(self, t: ArrayLike) -> jax.Array:
-        return jnp.hypot(self.schedule.alpha(t) * self.feature_scale, self.schedule.sigma(t))
-
-    def _readings(self, x: jax.Array, t: jax.Array) -> Readings:
-        told = t if self.time_input == "time" else -jnp.clip(self.schedule.log_snr(t), -50, 50) / 2
-        output = nnx.merge(self.graphdef, self.state)(x, told)
-        return read(self.prediction, output, x, t, self.schedule)
-
-    def _score(self, x: jax.Array, t: jax.Array) -> jax.Array:
-        return self._readings(x, t).score
-
-    def _denoise(self, x: jax.Array, t: jax.Array) -> jax.Array:
-        return self._readings(x, t).denoise
-
-    def _noise(self, x: jax.Array, t: jax.Array) -> jax.Array:
-        return self._readings(x, t).noise
