@@ -16,6 +16,7 @@ from lehr.annealing.tuning import Tuning
 from lehr.checkpoints.native import CheckpointError
 from lehr.diagnostics.tree import from_netcdf
 from lehr.kernels import GHMC, HMC, MALA, MCLMC, NUTS, UHMC, ULA, Barker, Kernel
+from lehr.likelihood import LogLikelihood, log_likelihood
 from lehr.potentials.analytic import ExactPotential, Gaussian, GaussianMixture, Uniform
 from lehr.potentials.base import EnergyPotential, Potential, ScorePotential
 from lehr.potentials.network import EnergyNetwork, ScoreNetwork
@@ -51,6 +52,7 @@ __all__ = [
     "GaussianMixture",
     "Kernel",
     "Ladder",
+    "LogLikelihood",
     "Mixture",
     "Path",
     "Potential",
@@ -73,6 +75,7 @@ __all__ = [
     "from_netcdf",
     "guidance",
     "load",
+    "log_likelihood",
     "noise_level",
     "with_schedule",
     "zoo",

@@ -1,9 +1,9 @@
 """Flax NNX networks, and the table by which a card names them."""
 
-from flax import nnx
-
+from lehr.networks.described import Described
+from lehr.networks.mixer import PatchMixer
 from lehr.networks.mlp import ResidualMLP
 
-__all__ = ["NETWORKS", "ResidualMLP"]
+__all__ = ["NETWORKS", "Described", "PatchMixer", "ResidualMLP"]
 
-NETWORKS: dict[str, type[nnx.Module]] = {"ResidualMLP": ResidualMLP}
+NETWORKS: dict[str, type[Described]] = {"PatchMixer": PatchMixer, "ResidualMLP": ResidualMLP}

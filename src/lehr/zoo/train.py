@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -71,7 +72,7 @@ def train(
         title=goal.title,
         data="exact draws of the density named in the title; no third-party data",
         licence="Apache-2.0",
-        training={**recipe._asdict(), "loss": "dual score matching", "seed": seed},
+        training={**dataclasses.asdict(recipe), "loss": "dual score matching", "seed": seed},
         training_seconds=round(time.monotonic() - started),
         log_density_error=density_error(trained, goal.exact, key_test),
     )
