@@ -13,7 +13,7 @@ from lehr.annealing.ladder import Ladder
 from lehr.annealing.predictors import Restart
 from lehr.annealing.run import Run
 from lehr.annealing.tuning import Tuning
-from lehr.checkpoints.native import CheckpointError
+from lehr.checkpoints.native import CheckpointError, save
 from lehr.diagnostics.tree import from_netcdf
 from lehr.kernels import GHMC, HMC, MALA, MCLMC, NUTS, UHMC, ULA, Barker, Kernel
 from lehr.likelihood import LogLikelihood, log_likelihood
@@ -77,6 +77,7 @@ __all__ = [
     "load",
     "log_likelihood",
     "noise_level",
+    "save",
     "with_schedule",
     "zoo",
 ]

@@ -81,11 +81,12 @@ class PatchMixer(Described):
         self.readout = nnx.Linear(width, num_values, kernel_init=nnx.initializers.zeros_init(), rngs=rngs)
 
     def __call__(self, x: jax.Array, c: jax.Array, label: jax.Array | None = None) -> jax.Array:
-        """The network at one image x, one scalar c and, if it has classes, one label; of the shape of x."""
+        """The network at one image x, one scalar c and, if it has classes, one label (none is any);
+        of the shape of x."""
         h = self.embed_x(self._patches(x)) + self.position[...]
         e = self.embed_c(fourier(self.c_frequencies[...] * c))
         if self.num_classes:
-            e = e + self.embed_label(jnp.asarray(label))
+            e = e + self.embed_label(jnp.asarray(self.num_classes if label is None else label))
         e = nnx.silu(e)
         for block in self.blocks:
             h = block(h, e)

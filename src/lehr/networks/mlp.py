@@ -5,11 +5,14 @@ r"""A residual perceptron, of vectors and of small images.
     output = W_o silu(h_K)
 
 B and b are drawn once and kept: random Fourier features let a small network resolve
-features much finer than the data's spread (Tancik et al., NeurIPS 2020). L has one row for
+features much finer than the data's spread (Tancik et al., NeurIPS 2020); those finer than the
+noise can be faded out (Barron et al., Mip-NeRF, ICCV 2021). L has one row for
 each class and one more, the null label, for "any class".
 """
 
 from __future__ import annotations
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +41,11 @@ class ResidualMLP(Described):
         bandwidth: standard deviation of the frequencies of x, in cycles per unit of x.
         axis_aligned: whether each frequency looks at one element of x alone, as suits images, whose
             pixels have sharp values of their own; otherwise in a random direction.
+        reach: where elements of x begin to saturate, x ↦ x/√(1 + (x/reach)²), so that the output is bounded
+            and a density that it corrects keeps its tails; ``None`` for no saturation.
+        data_std: s, the standard deviation of the data. If given, x is read as having unit variance, of
+            which g² = σ²/(s² + σ²) is noise, and frequencies finer than the noise are faded out, by
+            exp(−2π²B²g²): a density blurred by the noise has none.
         num_classes: K; if not 0 the network takes a label too, 0 to K − 1, or K for any.
         rngs: Flax NNX random streams, ``params`` is used.
     """
@@ -52,12 +60,15 @@ class ResidualMLP(Described):
         num_frequencies: int = 32,
         bandwidth: float = 0.5,
         axis_aligned: bool = False,
+        reach: float | None = None,
+        data_std: float | None = None,
         num_classes: int = 0,
         rngs: nnx.Rngs,
     ) -> None:
         self.num_inputs, self.num_outputs = num_inputs, num_outputs
         self.width, self.num_blocks = width, num_blocks
         self.num_frequencies, self.bandwidth, self.axis_aligned = num_frequencies, bandwidth, axis_aligned
+        self.reach, self.data_std = reach, data_std
         self.num_classes = num_classes
         frequencies = bandwidth * jax.random.normal(rngs.params(), (num_frequencies, num_inputs))
         if axis_aligned:
@@ -72,12 +83,19 @@ class ResidualMLP(Described):
         self.readout = nnx.Linear(width, max(num_outputs, 1), kernel_init=nnx.initializers.zeros_init(), rngs=rngs)
 
     def __call__(self, x: jax.Array, c: jax.Array, label: jax.Array | None = None) -> jax.Array:
-        """The network at one x of d elements, one scalar c and, if it has classes, one label."""
+        """The network at one x of d elements, one scalar c and, if it has classes, one label; none is any."""
         flat = jnp.ravel(x)
-        h = self.embed_x(jnp.concatenate([flat, fourier(self.x_frequencies[...] @ flat)]))
+        if self.reach is not None:
+            flat = flat * jax.lax.rsqrt(1 + (flat / self.reach) ** 2)
+        frequencies = self.x_frequencies[...]
+        features = fourier(frequencies @ flat)
+        if self.data_std is not None:
+            noise = jax.nn.sigmoid(2 * (c - math.log(self.data_std)))
+            features *= jnp.tile(jnp.exp(-2 * math.pi**2 * noise * jnp.sum(frequencies**2, -1)), 2)
+        h = self.embed_x(jnp.concatenate([flat, features]))
         e = self.embed_c(fourier(self.c_frequencies[...] * c))
         if self.num_classes:
-            e = e + self.embed_label(jnp.asarray(label))
+            e = e + self.embed_label(jnp.asarray(self.num_classes if label is None else label))
         for block in self.blocks:
             h = block(h, nnx.silu(e))
         out = self.readout(nnx.silu(h))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lehr.checkpoints.native import checkpoint_files, read_card, read_checkpoint
-from lehr.potentials.network import EnergyNetwork
+from lehr.potentials.network import EnergyNetwork, ScoreNetwork
 
 __all__ = ["load", "zoo"]
 
@@ -19,7 +19,7 @@ def zoo() -> dict[str, dict[str, Any]]:
     return {file.stem: read_card(file) for file in sorted(_FOLDER.glob("*.json"))}
 
 
-def load(name: str | Path) -> EnergyNetwork:
+def load(name: str | Path) -> EnergyNetwork | ScoreNetwork:
     """A pretrained potential: a shipped model by name, or a checkpoint on disk by path.
 
     Args:

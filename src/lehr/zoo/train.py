@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lehr.checkpoints.native import write_checkpoint
+from lehr.checkpoints.native import save
 from lehr.networks import ResidualMLP
 from lehr.potentials.analytic import ExactPotential
 from lehr.potentials.network import EnergyNetwork
@@ -65,10 +65,9 @@ def train(
     )
     started = time.monotonic()
     trained = fit(untrained, lambda key, n: goal.exact.sample(key, 0.0, (n,)), key_train, recipe, on_chunk=on_chunk)
-    return write_checkpoint(
+    return save(
         trained,
         Path(folder) / name,
-        {"type": "ResidualMLP", **NETWORK},
         title=goal.title,
         data="exact draws of the density named in the title; no third-party data",
         licence="Apache-2.0",
