@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-__all__ = ["DATA_SETS", "DataSet", "Sampler", "as_sampler", "load_data"]
+__all__ = ["DATA_SETS", "DataSet", "Sampler", "as_sampler", "load_data", "read_data"]
 
 Sampler = Callable[[jax.Array, int], Any]
 FASHION = Path("/usr/share/datasets/fashion-mnist")  # where the Debian package dataset-fashion-mnist puts it
@@ -21,29 +21,30 @@ SPLIT_SEED = 0
 
 
 class DataSet(NamedTuple):
-    """Images with labels, in two parts.
+    """Events in two parts.
 
     Attributes:
         title: what it is.
         licence: under which it is had.
-        events: to train on, shape (N, height, width), in [−1, 1].
-        labels: 0 to K − 1, shape (N,).
-        held_out: to test on, shape (M, height, width).
-        held_out_labels: shape (M,).
-        grain: the step between two values that a pixel can have.
+        events: to train on, shape (N, *event_shape); known images lie in [−1, 1].
+        labels: 0 to K − 1, shape (N,), or None.
+        held_out: to test on, shape (M, *event_shape).
+        held_out_labels: shape (M,), or None.
+        grain: the step between two values that a coordinate can have; 0 if it can have any.
     """
 
     title: str
     licence: str
     events: np.ndarray
-    labels: np.ndarray
+    labels: np.ndarray | None
     held_out: np.ndarray
-    held_out_labels: np.ndarray
+    held_out_labels: np.ndarray | None
     grain: float
 
     @property
     def num_classes(self) -> int:
-        return int(self.labels.max()) + 1
+        """K; 0 without labels."""
+        return 0 if self.labels is None else int(self.labels.max()) + 1
 
 
 def load_data(name: str) -> DataSet:
@@ -61,6 +62,28 @@ def load_data(name: str) -> DataSet:
     if name not in DATA_SETS:
         raise ValueError(f"no data set named {name!r}; there are {', '.join(DATA_SETS)}. Arrays are given as they are.")
     return DATA_SETS[name]()
+
+
+def read_data(file: str | Path) -> DataSet:
+    """Events of one's own, a part of them held out.
+
+    Args:
+        file: ``.npy`` with an array of events along the first axis, or ``.npz`` with the arrays ``events`` and, if
+            there are classes, ``labels``.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it does not hold such arrays.
+    """
+    loaded = np.load(file, allow_pickle=False)
+    arrays = dict(loaded) if hasattr(loaded, "files") else {"events": loaded}
+    if "events" not in arrays or arrays["events"].ndim < 2 or len(arrays["events"]) < 2:
+        raise ValueError(
+            f"{file} must hold an array of several events along its first axis, in .npz under the name 'events'; got "
+            + ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
+        )
+    events, labels = arrays["events"].astype(np.float32), arrays.get("labels")
+    return _split(Path(file).stem, "as the file", events, labels, 0.0)
 
 
 def as_sampler(data: Any, event_shape: tuple[int, ...], num_classes: int, batch_size: int) -> Sampler:
@@ -149,13 +172,16 @@ def _fashion() -> DataSet:
 DATA_SETS: dict[str, Callable[[], DataSet]] = {"digits": _digits, "mnist": _mnist, "fashion": _fashion}
 
 
-def _split(title: str, licence: str, events: np.ndarray, labels: np.ndarray, grain: float) -> DataSet:
+def _split(title: str, licence: str, events: np.ndarray, labels: np.ndarray | None, grain: float) -> DataSet:
     """Hold out the same share of each class, by a fixed seed."""
     rng = np.random.default_rng(SPLIT_SEED)
-    out = np.zeros(len(labels), bool)
-    for k in np.unique(labels):
-        members = rng.permutation(np.flatnonzero(labels == k))
+    classes = np.zeros(len(events), int) if labels is None else labels
+    out = np.zeros(len(events), bool)
+    for k in np.unique(classes):
+        members = rng.permutation(np.flatnonzero(classes == k))
         out[members[: round(HELD_OUT_SHARE * len(members))]] = True
+    if labels is None:
+        return DataSet(title, licence, events[~out], None, events[out], None, grain)
     return DataSet(title, licence, events[~out], labels[~out], events[out], labels[out], grain)
 
 

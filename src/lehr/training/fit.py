@@ -55,6 +55,8 @@ class Recipe:
             or ``"likelihood"``, by what they contribute to the bound on the log likelihood.
         time_weight: weight of an energy's time loss beside its score loss; the energy is calibrated if positive.
         bound_weight: weight of the bound on the time derivative, away from the data.
+        weight_decay: what each step takes off the weights, in units of the learning rate; for data so few that
+            a network might learn them by heart.
         label_dropout: the share of events whose class is hidden, which trains the null label.
         sigma_range: the range of σ/α that a score is trained on; an energy has its own.
 
@@ -69,6 +71,7 @@ class Recipe:
     weighting: Weighting = "uniform"
     time_weight: float = 0.6
     bound_weight: float = 0.2
+    weight_decay: float = 0.0
     label_dropout: float = 0.2
     sigma_range: tuple[float, float] = (2e-3, 20.0)
 
@@ -82,8 +85,10 @@ class Recipe:
             raise ValueError(
                 f"ema_decay lies in [0, 1) and label_dropout in [0, 1]; got {self.ema_decay=}, {self.label_dropout=}."
             )
-        if self.time_weight < 0 or self.bound_weight < 0:
-            raise ValueError(f"loss weights are not negative; got {self.time_weight=}, {self.bound_weight=}.")
+        if min(self.time_weight, self.bound_weight, self.weight_decay) < 0:
+            raise ValueError(
+                f"weights are not negative; got {self.time_weight=}, {self.bound_weight=}, {self.weight_decay=}."
+            )
         if self.weighting not in WEIGHTINGS:
             raise ValueError(f"unknown weighting {self.weighting!r}; expected one of {', '.join(WEIGHTINGS)}.")
         if not 0 < self.sigma_range[0] < self.sigma_range[1]:
@@ -134,7 +139,8 @@ def fit(
     num_classes = getattr(potential, "num_classes", 0) or 0
     sampler = as_sampler(data, potential.event_shape, num_classes, recipe.batch_size)
     params, fixed = eqx.partition(potential, trainable(potential))
-    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(learning_rates(recipe)))
+    adam = optax.adamw(learning_rates(recipe), weight_decay=recipe.weight_decay)
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0), adam)
 
     def step(progress: Progress, i: jax.Array) -> tuple[Progress, jax.Array]:
         key_data, key_noise, key_labels = jax.random.split(jax.random.fold_in(rng_key, i), 3)
