@@ -14,10 +14,11 @@ from lehr.annealing.ladder import Ladder
 from lehr.annealing.predictors import Restart
 from lehr.annealing.run import Run
 from lehr.annealing.tuning import Tuning
-from lehr.checkpoints.native import CheckpointError
+from lehr.checkpoints.native import CheckpointError, save
 from lehr.diagnostics.calibration import Calibration, sbc
 from lehr.diagnostics.tree import from_netcdf
 from lehr.kernels import GHMC, HMC, MALA, MCLMC, NUTS, UHMC, ULA, Barker, Kernel
+from lehr.likelihood import LogLikelihood, log_likelihood
 from lehr.potentials.analytic import ExactPotential, Gaussian, GaussianMixture, Uniform
 from lehr.potentials.base import EnergyPotential, Potential, ScorePotential
 from lehr.potentials.network import EnergyNetwork
@@ -57,6 +58,7 @@ __all__ = [
     "GaussianMixture",
     "Kernel",
     "Ladder",
+    "LogLikelihood",
     "Mixture",
     "Path",
     "Potential",
@@ -82,7 +84,9 @@ __all__ = [
     "from_netcdf",
     "guidance",
     "load",
+    "log_likelihood",
     "noise_level",
+    "save",
     "sbc",
     "with_schedule",
     "zoo",

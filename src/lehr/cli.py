@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
+
+from lehr.training.dual import Losses
 
 __all__ = ["main"]
 
@@ -30,44 +32,49 @@ def _demo(folder: Path = Path("out"), num_particles: int = 2000, seed: int = 0) 
 
 
 def _train(
-    model: Annotated[str, tyro.conf.Positional],
+    what: Annotated[str, tyro.conf.Positional],
     folder: Path = Path("out/zoo"),
+    kind: Literal["energy", "score"] = "energy",
     num_steps: int | None = None,
+    batch_size: int | None = None,
+    learning_rate: float | None = None,
     seed: int = 0,
 ) -> None:
-    """Train a shipped model anew, from samples of its data.
+    """Train a shipped model anew, or a model of a data set or of your own events.
+
+    A training that was cut off goes on when it is called again with the same arguments.
 
     Args:
-        model: its name, as in ``zoo/ring``; ``lehr zoo`` lists them.
-        folder: where the weights and the card go.
-        num_steps: optimiser steps; as shipped by default.
-        seed: of the first weights and of the data.
+        what: a shipped model such as zoo/ring (`lehr zoo` lists them); a data set: digits, mnist or fashion; or a
+            file, .npy with events along the first axis, or .npz with arrays events and, if there are classes, labels.
+        folder: where the weights, the card and the training's checkpoints go.
+        kind: what to train on a data set or a file.
+        num_steps: optimiser steps; by default as shipped, or what suits.
+        batch_size: events a step, likewise.
+        learning_rate: the peak rate, likewise.
+        seed: of the first weights, the batches and the noise.
     """
-    from lehr.training.dual import Losses
-    from lehr.training.fit import Recipe
-    from lehr.zoo.train import train
+    from lehr.zoo.train import recipe_for, train
 
-    recipe = Recipe() if num_steps is None else Recipe(num_steps=num_steps)
+    asked = {"num_steps": num_steps, "batch_size": batch_size, "learning_rate": learning_rate}
+    changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    recipe = dataclasses.replace(recipe_for(what), **changes) if changes else None
     with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task(model, total=recipe.num_steps)
+        task = bar.add_task(what, total=(recipe or recipe_for(what)).num_steps)
 
         def on_chunk(steps: int, losses: Losses) -> None:
-            bar.update(task, completed=steps, description=f"{model}  score {losses.score:.3f}  time {losses.time:.3f}")
+            said = "  ".join(f"{name} {loss:.3f}" for name, loss in losses._asdict().items() if loss)
+            bar.update(task, completed=steps, description=f"{what}  {steps} steps  {said}")
 
-        path = train(model.removeprefix("zoo/"), folder, recipe, seed=seed, on_chunk=on_chunk)
+        path = train(what, folder, recipe, kind=kind, seed=seed, on_chunk=on_chunk)
     Console().print(f"Written: {path} and its card {path.with_suffix('.json').name}")
 
 
 def _zoo() -> None:
-    """List the shipped models, and how far each is from the density it was trained on."""
+    """List the shipped models, what they are, and how far off each was found."""
     from lehr.zoo import zoo
 
-    table = Table("name", "what it is", "shape", "calibrated", "log p error at σ = .01, .1, 1")
-    for name, card in zoo().items():
-        errors = {e["sigma"]: f"{e['mean']:+.3f} ± {e['spread']:.3f}" for e in card["log_density_error"]}
-        row = (name, card["title"], str(tuple(card["event_shape"])), "yes" if card["calibrated"] else "no")
-        table.add_row(*row, "  ".join(errors[s] for s in (0.01, 0.1, 1.0)))
-    Console().print(table)
+    Console().print(zoo().table())
 
 
 def main() -> None:

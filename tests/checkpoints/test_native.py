@@ -12,7 +12,6 @@ import pytest
 from flax import nnx
 
 import lehr
-from lehr.checkpoints.native import write_checkpoint
 from lehr.networks import ResidualMLP
 
 NETWORK = {"num_inputs": 2, "width": 8, "num_blocks": 1, "num_frequencies": 4}
@@ -24,7 +23,7 @@ def saved(tmp_path):
         ResidualMLP(**NETWORK, rngs=nnx.Rngs(3)), lehr.VPLinear(0.2, 10.0), mean=[1.0, 2.0], std=0.5, calibrated=True
     )
     energy = jax.tree.map(lambda leaf: leaf + 0.1, energy)  # the readout starts at zero, which would hide mistakes
-    path = write_checkpoint(energy, tmp_path / "model", {"type": "ResidualMLP", **NETWORK}, title="a test")
+    path = lehr.save(energy, tmp_path / "model", title="a test")
     return energy, path
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import lehr
+from lehr.zoo.planar import density_error
 from lehr.zoo.targets import TARGETS, target
-from lehr.zoo.train import density_error
 
 
 def test_every_target_is_shipped_with_a_card_that_says_what_it_is():

@@ -1,10 +1,12 @@
 r"""lehr's own format: weights in safetensors, and beside them a card in JSON.
 
-``ring.safetensors`` holds the network's arrays by their path in the module;
+``ring.safetensors`` holds the network's arrays by their path in the module, and under
+``base.`` those of the exact density that an energy corrects;
 ``ring.json`` says everything else: what the model is and was trained on, how to rebuild
 the network, its schedule, shape, scales and noise range, whether it is calibrated, the
 licence, and the SHA-256 of the weights. Nothing is ever unpickled. Reading checks the hash,
-the tensors' names, shapes and types against the network that the card describes.
+the tensors' names, shapes and types against the network that the card describes. Weights may be
+stored in half precision; they are read as JAX's default floats.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,17 +26,25 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from lehr import schedules
-from lehr.networks import NETWORKS
+from lehr.networks import NETWORKS, Described
+from lehr.potentials.analytic import ExactPotential, Gaussian, GaussianMixture
+from lehr.potentials.base import Potential, from_fields, replace
 from lehr.potentials.network import EnergyNetwork
+from lehr.potentials.score_network import ScoreNetwork
 from lehr.schedules import Schedule
 
-__all__ = ["CheckpointError", "Files", "checkpoint_files", "read_card", "read_checkpoint", "write_checkpoint"]
+__all__ = ["CheckpointError", "Files", "checkpoint_files", "read_card", "read_checkpoint", "save"]
 
 FORMAT = "lehr-1"
-REQUIRED = (
-    "format", "kind", "network", "schedule", "event_shape", "head", "mean", "std", "feature_scale",
-    "sigma_range", "calibrated", "sha256",
-)  # fmt: skip
+BOTH = ("format", "kind", "network", "schedule", "event_shape", "mean", "std", "feature_scale", "sha256")
+REQUIRED = {
+    "energy": (*BOTH, "head", "sigma_range", "calibrated"),
+    "score": (*BOTH, "prediction", "time_input"),
+}
+BASES: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "Gaussian": (Gaussian, ("loc", "stds")),
+    "GaussianMixture": (GaussianMixture, ("locs", "stds", "log_weights")),
+}
 
 
 class Files(NamedTuple):
@@ -53,36 +64,62 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, or not what its card says."""
 
 
-def write_checkpoint(potential: EnergyNetwork, path: str | Path, network: dict[str, Any], **about: Any) -> Path:
-    """Write ``path.safetensors`` and ``path.json``; returns the path of the weights.
+def save(
+    potential: EnergyNetwork | ScoreNetwork,
+    path: str | Path,
+    *,
+    dtype: Literal["float32", "float16"] = "float32",
+    **about: Any,
+) -> Path:
+    """Write ``path.safetensors`` and ``path.json``, which :func:`lehr.load` reads.
 
     Args:
-        potential: what to save.
+        potential: what to save: an energy or a score whose network is one of lehr's own.
         path: the file's path, with or without a suffix.
-        network: how to rebuild the module: ``{"type": "ResidualMLP", ...keyword arguments}``.
-        about: further entries of the card: title, data, licence, figures.
+        dtype: how the network's weights are stored. Half precision halves the file; measure what is said of
+            the model after a round trip.
+        about: further entries of the card: title, data, licence, figures, of JSON's types.
+
+    Returns:
+        The path of the weights.
+
+    Raises:
+        TypeError: for a potential that is no network, or a network that a card cannot describe.
     """
+    module = _module(potential)
     weights, file = checkpoint_files(path)
     weights.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: np.asarray(v) for k, v in _tensors(potential.state).items()}, weights)
+    save_file(_tensors(potential, np.dtype(dtype)), weights)
     card = {
         "format": FORMAT,
         **about,
-        "kind": "energy",
-        "network": network,
+        "network": {"type": type(module).__name__, **module.arguments()},
         "schedule": _describe_schedule(potential.schedule),
         "event_shape": list(potential.event_shape),
-        "head": potential.head,
-        "density": "log p = Gaussian part - alpha s/sigma (alpha s)^2/v F; no further factor of sigma",
         "mean": np.asarray(potential.mean).tolist(),
-        "std": float(potential.std),
+        "std": np.asarray(potential.std).tolist(),
         "feature_scale": float(potential.feature_scale),
-        "sigma_range": list(potential.sigma_range),
-        "calibrated": potential.calibrated,
+        "stored": dtype,
+        **(_energy(potential) if isinstance(potential, EnergyNetwork) else _score(potential)),
         "sha256": _hash(weights),
     }
     file.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n")
     return weights
+
+
+def _energy(potential: EnergyNetwork) -> dict[str, Any]:
+    return {
+        "kind": "energy",
+        "base": type(potential.base).__name__,
+        "head": potential.head,
+        "density": "log p = log base - alpha s/sigma (alpha s)^2/v F; no further factor of sigma",
+        "sigma_range": list(potential.sigma_range),
+        "calibrated": potential.calibrated,
+    }
+
+
+def _score(potential: ScoreNetwork) -> dict[str, Any]:
+    return {"kind": "score", "prediction": potential.prediction, "time_input": potential.time_input}
 
 
 def read_card(path: str | Path) -> dict[str, Any]:
@@ -102,16 +139,20 @@ def read_card(path: str | Path) -> dict[str, Any]:
         card = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{file} is not valid JSON ({error}); copy the card again.") from error
-    missing = [k for k in REQUIRED if k not in card]
+    if not isinstance(card, dict):
+        raise CheckpointError(f"{file} is not a card: it holds a {type(card).__name__} in place of named entries.")
+    missing = [k for k in REQUIRED.get(str(card.get("kind")), BOTH) if k not in card]
     if missing or card["format"] != FORMAT:
         raise CheckpointError(
             f"{file} is not a card of format {FORMAT!r}: "
             + (f"it lacks {', '.join(missing)}." if missing else f"it says {card['format']!r}.")
         )
+    if card["kind"] not in REQUIRED:
+        raise CheckpointError(f"{file} is of the unknown kind {card['kind']!r}; expected one of {', '.join(REQUIRED)}.")
     return card
 
 
-def read_checkpoint(path: str | Path) -> EnergyNetwork:
+def read_checkpoint(path: str | Path) -> EnergyNetwork | ScoreNetwork:
     """The potential saved at ``path``.
 
     Args:
@@ -136,18 +177,8 @@ def read_checkpoint(path: str | Path) -> EnergyNetwork:
         tensors = load_file(weights)
     except SafetensorError as error:
         raise CheckpointError(f"{weights} cannot be read as safetensors ({error}).") from error
-    potential = EnergyNetwork(
-        _build_network(card["network"]),
-        _build_schedule(card["schedule"]),
-        tuple(card["event_shape"]),
-        head=card["head"],
-        mean=np.asarray(card["mean"]),
-        std=card["std"],
-        feature_scale=card["feature_scale"],
-        sigma_range=tuple(card["sigma_range"]),
-        calibrated=card["calibrated"],
-    )
-    expected = _tensors(potential.state)
+    potential = _build(card, tensors)
+    expected = _tensors(potential)
     differing = [
         f"{name}: card {_shape(expected.get(name))}, file {_shape(tensors.get(name))}"
         for name in sorted(expected.keys() | tensors.keys())
@@ -155,14 +186,77 @@ def read_checkpoint(path: str | Path) -> EnergyNetwork:
     ]
     if differing:
         raise CheckpointError(f"{weights} does not fit the network of its card. " + "; ".join(differing[:5]))
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(potential.state)
-    state = jax.tree.unflatten(treedef, [jnp.asarray(tensors[_name(where)]) for where, _ in leaves])
-    object.__setattr__(potential, "state", state)
-    return potential
+    unreal = [name for name, array in tensors.items() if not np.all(np.isfinite(array))]
+    if unreal:
+        raise CheckpointError(f"{weights} holds weights that are not finite: {', '.join(unreal[:5])}.")
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(potential.network.params)
+    params = jax.tree.unflatten(treedef, [_as_default(tensors[_name(where)]) for where, _ in leaves])
+    return replace(potential, network=replace(potential.network, params=params))
 
 
-def _tensors(state: nnx.State) -> dict[str, Any]:
-    return {_name(where): leaf for where, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
+def _build(card: dict[str, Any], tensors: dict[str, np.ndarray]) -> EnergyNetwork | ScoreNetwork:
+    """The potential of the card, its base from the file, its network with weights of its own yet."""
+    network, schedule, shape = _build_network(card["network"]), _build_schedule(card["schedule"]), card["event_shape"]
+    scales: dict[str, Any] = {name: np.asarray(card[name]) for name in ("mean", "std", "feature_scale")}
+    if card["kind"] == "score":
+        told: dict[str, Any] = {name: card[name] for name in ("prediction", "time_input")}
+        return ScoreNetwork(network, schedule, tuple(shape), **scales, **told)
+    return EnergyNetwork(
+        network,
+        schedule,
+        tuple(shape),
+        base=_build_base(card.get("base"), tensors, schedule),
+        head=card["head"],
+        sigma_range=tuple(card["sigma_range"]),
+        calibrated=card["calibrated"],
+        **scales,
+    )
+
+
+def _build_base(kind: str | None, tensors: dict[str, np.ndarray], schedule: Schedule) -> ExactPotential | None:
+    """The exact density whose arrays the file has; None, for the Gaussian of mean and std, if it has none."""
+    arrays = {name.removeprefix("base."): array for name, array in tensors.items() if name.startswith("base.")}
+    if not arrays:
+        return None
+    if kind not in BASES:
+        raise CheckpointError(f"unknown base {kind!r}; this version knows {', '.join(BASES)}.")
+    cls, needed = BASES[kind]
+    if set(arrays) | {"basis"} != {*needed, "basis"}:
+        raise CheckpointError(f"a {kind} as base needs the arrays {', '.join(needed)}; got {', '.join(arrays)}.")
+    fields = {"basis": None, **{name: _as_default(array) for name, array in arrays.items()}}
+    return from_fields(cls, schedule=schedule, event_shape=arrays[needed[0]].shape[-1:], **fields)
+
+
+def _module(potential: Potential) -> Described:
+    if not isinstance(potential, EnergyNetwork | ScoreNetwork):
+        raise TypeError(
+            f"only networks are saved, an EnergyNetwork or a ScoreNetwork; got a {type(potential).__name__}."
+        )
+    module = potential.network.module
+    if not isinstance(module, Described) or type(module).__name__ not in NETWORKS:
+        raise TypeError(
+            f"a card can describe {', '.join(NETWORKS)}; this network is a {type(module).__name__}. Save it by its own "
+            "framework's means."
+        )
+    return module
+
+
+def _tensors(potential: EnergyNetwork | ScoreNetwork, dtype: Any = None) -> dict[str, np.ndarray]:
+    """The arrays of the network and, unless it is the plain Gaussian of mean and std, those of the base."""
+    leaves = jax.tree_util.tree_flatten_with_path(potential.network.params)[0]
+    tensors = {_name(where): np.asarray(leaf, dtype) for where, leaf in leaves}
+    base = getattr(potential, "base", None)
+    if base is None or eqx.tree_equal(base, Gaussian(potential.mean.ravel(), potential.std, potential.schedule)):
+        return tensors
+    if type(base).__name__ not in BASES:
+        raise TypeError(f"a checkpoint holds a base of the kinds {', '.join(BASES)}; this is a {type(base).__name__}.")
+    fields = {name: getattr(base, name) for name in (*BASES[type(base).__name__][1], "basis")}
+    return tensors | {f"base.{name}": np.asarray(array) for name, array in fields.items() if array is not None}
+
+
+def _as_default(array: np.ndarray) -> jax.Array:
+    """Floats in the precision that JAX uses now, whatever they were stored in."""
+    return jnp.asarray(array, float) if np.issubdtype(array.dtype, np.floating) else jnp.asarray(array)
 
 
 def _name(where: tuple[Any, ...]) -> str:

@@ -1,10 +1,10 @@
 """Flax NNX networks, the table by which a card names them, and one face for all networks."""
 
-from flax import nnx
-
+from lehr.networks.described import Described
+from lehr.networks.mixer import PatchMixer
 from lehr.networks.mlp import ResidualMLP
 from lehr.networks.wrap import Network, wrap
 
-__all__ = ["NETWORKS", "Network", "ResidualMLP", "wrap"]
+__all__ = ["NETWORKS", "Described", "Network", "PatchMixer", "ResidualMLP", "wrap"]
 
-NETWORKS: dict[str, type[nnx.Module]] = {"ResidualMLP": ResidualMLP}
+NETWORKS: dict[str, type[Described]] = {"PatchMixer": PatchMixer, "ResidualMLP": ResidualMLP}

@@ -1,36 +1,52 @@
-r"""A residual perceptron for densities in a few dimensions.
+r"""A residual perceptron, of vectors and of small images.
 
     h₀     = W [x, cos(2πBx), sin(2πBx)]
-    h_{k+1} = h_k + W₂ silu(W₁ h_k + V e(c)),      e(c) = silu(W_e [cos(2πbc), sin(2πbc)])
+    h_{k+1} = h_k + W₂ silu(W₁ h_k + V e),      e = silu(W_e [cos(2πbc), sin(2πbc)] + L_label)
     output = W_o silu(h_K)
 
 B and b are drawn once and kept: random Fourier features let a small network resolve
-features much finer than the data's spread (Tancik et al., NeurIPS 2020).
+features much finer than the data's spread (Tancik et al., NeurIPS 2020); those finer than the
+noise can be faded out (Barron et al., Mip-NeRF, ICCV 2021). L has one row for
+each class and one more, the null label, for "any class".
 """
 
 from __future__ import annotations
+
+import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-__all__ = ["Frequencies", "ResidualMLP"]
+from lehr.networks.described import Described
+
+__all__ = ["C_BANDWIDTH", "Frequencies", "ResidualMLP", "fourier"]
+
+C_BANDWIDTH = 0.2  # of the frequencies of c, in cycles per unit: σ/α is resolved to about a factor of e
 
 
 class Frequencies(nnx.Variable):
     """Fixed random frequencies: part of a network's state, not of what is trained."""
 
 
-class ResidualMLP(nnx.Module):
-    """A residual MLP of a vector x and of one condition c (the log noise-to-signal ratio).
+class ResidualMLP(Described):
+    """A residual MLP of an event x and of one condition c (the log noise-to-signal ratio).
 
     Args:
-        num_inputs: d, the length of x.
-        num_outputs: length of the output; 0 gives a scalar.
+        num_inputs: d, the number of elements of x.
+        num_outputs: length of the output; 0 gives a scalar. An output as long as x has the shape of x.
         width: units in each hidden layer.
         num_blocks: residual blocks.
         num_frequencies: random Fourier features of x and of c, each.
         bandwidth: standard deviation of the frequencies of x, in cycles per unit of x.
+        axis_aligned: whether each frequency looks at one element of x alone, as suits images, whose
+            pixels have sharp values of their own; otherwise in a random direction.
+        reach: where elements of x begin to saturate, x ↦ x/√(1 + (x/reach)²), so that the output is bounded
+            and a density that it corrects keeps its tails; ``None`` for no saturation.
+        data_std: s, the standard deviation of the data. If given, x is read as having unit variance, of
+            which g² = σ²/(s² + σ²) is noise, and frequencies finer than the noise are faded out, by
+            exp(−2π²B²g²): a density blurred by the noise has none.
+        num_classes: K; if not 0 the network takes a label too, 0 to K − 1, or K for any.
         rngs: Flax NNX random streams, ``params`` is used.
     """
 
@@ -43,24 +59,49 @@ class ResidualMLP(nnx.Module):
         num_blocks: int = 3,
         num_frequencies: int = 32,
         bandwidth: float = 0.5,
+        axis_aligned: bool = False,
+        reach: float | None = None,
+        data_std: float | None = None,
+        num_classes: int = 0,
         rngs: nnx.Rngs,
     ) -> None:
-        self.num_outputs = num_outputs
-        self.x_frequencies = Frequencies(bandwidth * jax.random.normal(rngs.params(), (num_frequencies, num_inputs)))
-        self.c_frequencies = Frequencies(0.2 * jax.random.normal(rngs.params(), (num_frequencies,)))
+        self.num_inputs, self.num_outputs = num_inputs, num_outputs
+        self.width, self.num_blocks = width, num_blocks
+        self.num_frequencies, self.bandwidth, self.axis_aligned = num_frequencies, bandwidth, axis_aligned
+        self.reach, self.data_std = reach, data_std
+        self.num_classes = num_classes
+        frequencies = bandwidth * jax.random.normal(rngs.params(), (num_frequencies, num_inputs))
+        if axis_aligned:
+            frequencies *= jnp.arange(num_inputs) == jnp.arange(num_frequencies)[:, None] % num_inputs
+        self.x_frequencies = Frequencies(frequencies)
+        self.c_frequencies = Frequencies(C_BANDWIDTH * jax.random.normal(rngs.params(), (num_frequencies,)))
         self.embed_x = nnx.Linear(num_inputs + 2 * num_frequencies, width, rngs=rngs)
         self.embed_c = nnx.Linear(2 * num_frequencies, width, rngs=rngs)
+        if num_classes:
+            self.embed_label = nnx.Embed(num_classes + 1, width, rngs=rngs)
         self.blocks = nnx.List([_Block(width, rngs=rngs) for _ in range(num_blocks)])
         self.readout = nnx.Linear(width, max(num_outputs, 1), kernel_init=nnx.initializers.zeros_init(), rngs=rngs)
 
-    def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
-        """The network at one x of shape (d,) and one scalar c; shape (num_outputs,) or ()."""
-        h = self.embed_x(jnp.concatenate([x, _fourier(self.x_frequencies[...] @ x)]))
-        e = nnx.silu(self.embed_c(_fourier(self.c_frequencies[...] * c)))
+    def __call__(self, x: jax.Array, c: jax.Array, label: jax.Array | None = None) -> jax.Array:
+        """The network at one x of d elements, one scalar c and, if it has classes, one label; none is any."""
+        flat = jnp.ravel(x)
+        if self.reach is not None:
+            flat = flat * jax.lax.rsqrt(1 + (flat / self.reach) ** 2)
+        frequencies = self.x_frequencies[...]
+        features = fourier(frequencies @ flat)
+        if self.data_std is not None:
+            noise = jax.nn.sigmoid(2 * (c - math.log(self.data_std)))
+            features *= jnp.tile(jnp.exp(-2 * math.pi**2 * noise * jnp.sum(frequencies**2, -1)), 2)
+        h = self.embed_x(jnp.concatenate([flat, features]))
+        e = self.embed_c(fourier(self.c_frequencies[...] * c))
+        if self.num_classes:
+            e = e + self.embed_label(jnp.asarray(self.num_classes if label is None else label))
         for block in self.blocks:
-            h = block(h, e)
+            h = block(h, nnx.silu(e))
         out = self.readout(nnx.silu(h))
-        return out if self.num_outputs else out[0]
+        if self.num_outputs == 0:
+            return out[0]
+        return out.reshape(x.shape) if self.num_outputs == x.size else out
 
 
 class _Block(nnx.Module):
@@ -73,5 +114,6 @@ class _Block(nnx.Module):
         return h + self.contract(nnx.silu(self.expand(h) + self.condition(e)))
 
 
-def _fourier(phase: jax.Array) -> jax.Array:
+def fourier(phase: jax.Array) -> jax.Array:
+    """cos 2πφ and sin 2πφ, one after the other."""
     return jnp.concatenate([jnp.cos(2 * jnp.pi * phase), jnp.sin(2 * jnp.pi * phase)])

@@ -36,6 +36,11 @@ class Network(eqx.Module):
         """The network's output at ``inputs``."""
         return self.apply(self.params, *inputs)
 
+    @property
+    def module(self) -> nnx.Module | None:
+        """The Flax NNX module that it was, with its weights as they are now; None for other frameworks'."""
+        return nnx.merge(self.apply.graphdef, self.params) if isinstance(self.apply, _FlaxNNX) else None
+
 
 def wrap(network: Any) -> Network:
     """``network`` as one function of its parameters and inputs.

@@ -21,6 +21,7 @@ subtract to 2ch exactly.
 
 from __future__ import annotations
 
+import abc
 import math
 
 import equinox as eqx
@@ -58,8 +59,36 @@ class ExactPotential(EnergyPotential):
         """The same data under another schedule: exact."""
         return replace(self, schedule=schedule)
 
-    def _sample_data(self, rng_key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def log_density_at(self, x: jax.Array, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
+        """log density of α x₀ + σ ε at x, for any pair (α, σ), whatever the schedule."""
+
+    @abc.abstractmethod
+    def score_at(self, x: jax.Array, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
+        """Its gradient by x."""
+
+    @abc.abstractmethod
+    def denoise_at(self, x: jax.Array, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
+        """E[x₀ | x] there."""
+
+    @abc.abstractmethod
+    def noise_at(self, x: jax.Array, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
+        """E[ε | x] there."""
+
+    def _log_density(self, x: jax.Array, t: jax.Array) -> jax.Array:
+        return self.log_density_at(x, self.schedule.alpha(t), self.schedule.sigma(t))
+
+    def _score(self, x: jax.Array, t: jax.Array) -> jax.Array:
+        return self.score_at(x, self.schedule.alpha(t), self.schedule.sigma(t))
+
+    def _denoise(self, x: jax.Array, t: jax.Array) -> jax.Array:
+        return self.denoise_at(x, self.schedule.alpha(t), self.schedule.sigma(t))
+
+    def _noise(self, x: jax.Array, t: jax.Array) -> jax.Array:
+        return self.noise_at(x, self.schedule.alpha(t), self.schedule.sigma(t))
+
+    @abc.abstractmethod
+    def _sample_data(self, rng_key: jax.Array, shape: tuple[int, ...]) -> jax.Array: ...
 
 
 class Gaussian(ExactPotential):
@@ -111,30 +140,29 @@ class Gaussian(ExactPotential):
     def width(self, t: ArrayLike) -> jax.Array:
         return jnp.hypot(self.schedule.alpha(t) * jnp.min(self.stds), self.schedule.sigma(t))
 
-    def _frame(self, x: jax.Array, t: jax.Array) -> tuple[jax.Array, ...]:
-        """The offset from the mean on the principal axes, the variances there, and α and σ."""
-        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+    def _frame(self, x: jax.Array, alpha: jax.Array, sigma: jax.Array) -> tuple[jax.Array, ...]:
+        """The offset from the mean on the principal axes, and the variances there."""
         offset = x - alpha * self.loc
         offset = offset if self.basis is None else self.basis.T @ offset
-        return offset, (alpha * self.stds) ** 2 + sigma**2, alpha, sigma
+        return offset, (alpha * self.stds) ** 2 + sigma**2
 
     def _back(self, offset: jax.Array) -> jax.Array:
         return offset if self.basis is None else self.basis @ offset
 
-    def _log_density(self, x: jax.Array, t: jax.Array) -> jax.Array:
-        offset, variance, _, _ = self._frame(x, t)
+    def log_density_at(self, x: jax.Array, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
+        offset, variance = self._frame(x, alpha, sigma)
         return -jnp.sum(offset**2 / variance + jnp.log(2 * math.pi * variance)) / 2
 
-    def _score(self, x: jax.Array, t: jax.Array) -> jax.Array:
-        offset, variance, _, _ = self._frame(x, t)
+    def score_at(self, x: jax.Array, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
+        offset, variance = self._frame(x, alpha, sigma)
         return -self._back(offset / variance)
 
-    def _denoise(self, x: jax.Array, t: jax.Array) -> jax.Array:
-        offset, variance, alpha, _ = self._frame(x, t)
+    def denoise_at(self, x: jax.Array, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
+        offset, variance = self._frame(x, alpha, sigma)
         return self.loc + self._back(alpha * self.stds**2 / variance * offset)
 
-    def _noise(self, x: jax.Array, t: jax.Array) -> jax.Array:
-        offset, variance, _, sigma = self._frame(x, t)
+    def noise_at(self, x: jax.Array, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
+        offset, variance = self._frame(x, alpha, sigma)
         return sigma * self._back(offset / variance)
 
     def _sample_data(self, rng_key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -193,6 +221,12 @@ class GaussianMixture(ExactPotential):
         self.schedule = VPCosine() if schedule is None else schedule
         self.event_shape = (d,)
 
+    def given(self, label: ArrayLike) -> GaussianMixture:
+        """The component ``label`` alone; the mixture itself where the label is k, one more than the last."""
+        k = self.log_weights.size
+        alone = jnp.where(jnp.arange(k) == label, 0.0, -jnp.inf)
+        return replace(self, log_weights=jnp.where(jnp.asarray(label) == k, self.log_weights, alone))
+
     def moments(self, t: ArrayLike) -> Moments:
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         weights = jnp.exp(self.log_weights)[:, None]
@@ -203,32 +237,32 @@ class GaussianMixture(ExactPotential):
     def width(self, t: ArrayLike) -> jax.Array:
         return jnp.hypot(self.schedule.alpha(t) * jnp.min(self.stds), self.schedule.sigma(t))
 
-    def _frame(self, x: jax.Array, t: jax.Array) -> tuple[jax.Array, ...]:
-        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+    def _frame(self, x: jax.Array, alpha: jax.Array, sigma: jax.Array) -> tuple[jax.Array, ...]:
+        """The offsets from the means on their principal axes, the variances there, and log w_k N_k(x)."""
         offset = x - alpha * self.locs
         offset = offset if self.basis is None else jnp.einsum("kij,ki->kj", self.basis, offset)
         variance = (alpha * self.stds) ** 2 + sigma**2
         joint = self.log_weights - jnp.sum(offset**2 / variance + jnp.log(2 * math.pi * variance), -1) / 2
-        return offset, variance, joint, alpha, sigma
+        return offset, variance, joint
 
     def _average(self, joint: jax.Array, offset: jax.Array) -> jax.Array:
         """Σ_k r_k (offset of component k, turned back), r the responsibilities."""
         back = offset if self.basis is None else jnp.einsum("kij,kj->ki", self.basis, offset)
         return jax.nn.softmax(joint) @ back
 
-    def _log_density(self, x: jax.Array, t: jax.Array) -> jax.Array:
-        return jax.nn.logsumexp(self._frame(x, t)[2])
+    def log_density_at(self, x: jax.Array, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
+        return jax.nn.logsumexp(self._frame(x, alpha, sigma)[2])
 
-    def _score(self, x: jax.Array, t: jax.Array) -> jax.Array:
-        offset, variance, joint, _, _ = self._frame(x, t)
+    def score_at(self, x: jax.Array, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
+        offset, variance, joint = self._frame(x, alpha, sigma)
         return -self._average(joint, offset / variance)
 
-    def _denoise(self, x: jax.Array, t: jax.Array) -> jax.Array:
-        offset, variance, joint, alpha, _ = self._frame(x, t)
+    def denoise_at(self, x: jax.Array, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
+        offset, variance, joint = self._frame(x, alpha, sigma)
         return jax.nn.softmax(joint) @ self.locs + self._average(joint, alpha * self.stds**2 / variance * offset)
 
-    def _noise(self, x: jax.Array, t: jax.Array) -> jax.Array:
-        offset, variance, joint, _, sigma = self._frame(x, t)
+    def noise_at(self, x: jax.Array, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
+        offset, variance, joint = self._frame(x, alpha, sigma)
         return sigma * self._average(joint, offset / variance)
 
     def _sample_data(self, rng_key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -275,26 +309,26 @@ class Uniform(ExactPotential):
         narrowest = jnp.min(self.high - self.low) / math.sqrt(12)
         return jnp.hypot(self.schedule.alpha(t) * narrowest, self.schedule.sigma(t))
 
-    def _frame(self, x: jax.Array, t: jax.Array) -> tuple[jax.Array, ...]:
-        alpha, sigma = self.schedule.alpha(t), jnp.maximum(self.schedule.sigma(t), 1e-6)
+    def _frame(self, x: jax.Array, alpha: jax.Array, sigma: jax.Array) -> tuple[jax.Array, ...]:
+        sigma = jnp.maximum(sigma, 1e-6)
         centre = (x - alpha * (self.low + self.high) / 2) / sigma
         return centre, alpha * (self.high - self.low) / 2 / sigma, sigma
 
-    def _log_density(self, x: jax.Array, t: jax.Array) -> jax.Array:
-        centre, half, sigma = self._frame(x, t)
+    def log_density_at(self, x: jax.Array, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
+        centre, half, sigma = self._frame(x, alpha, sigma)
         return jnp.sum(log_box(centre, half)) - math.prod(self.event_shape) * jnp.log(sigma)
 
-    def _score(self, x: jax.Array, t: jax.Array) -> jax.Array:
-        centre, half, sigma = self._frame(x, t)
+    def score_at(self, x: jax.Array, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
+        centre, half, sigma = self._frame(x, alpha, sigma)
         return log_box_slope(centre, half) / sigma
 
-    def _denoise(self, x: jax.Array, t: jax.Array) -> jax.Array:
-        centre, half, _ = self._frame(x, t)
+    def denoise_at(self, x: jax.Array, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
+        centre, half, _ = self._frame(x, alpha, sigma)
         place = jnp.clip(mean_in_box(centre, half), -1.0, 1.0)
         return (self.low + self.high) / 2 + (self.high - self.low) / 2 * place
 
-    def _noise(self, x: jax.Array, t: jax.Array) -> jax.Array:
-        centre, half, _ = self._frame(x, t)
+    def noise_at(self, x: jax.Array, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
+        centre, half, _ = self._frame(x, alpha, sigma)
         return -log_box_slope(centre, half)
 
     def _sample_data(self, rng_key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

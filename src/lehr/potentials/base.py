@@ -38,6 +38,7 @@ __all__ = [
     "check_positive",
     "check_time",
     "concrete",
+    "from_fields",
     "replace",
 ]
 
@@ -206,10 +207,15 @@ def check_positive(name: str, value: ArrayLike) -> jax.Array:
 
 def replace(module: _M, **changes: Any) -> _M:
     """A copy of ``module`` with some fields, static ones too, set anew."""
-    copy = object.__new__(type(module))
-    for field in dataclasses.fields(module):
-        object.__setattr__(copy, field.name, changes.get(field.name, getattr(module, field.name)))
-    return copy
+    return from_fields(type(module), **{f.name: getattr(module, f.name) for f in dataclasses.fields(module)} | changes)
+
+
+def from_fields(kind: type[_M], **fields: Any) -> _M:
+    """A module of this kind with these fields, as they are."""
+    module = object.__new__(kind)
+    for name, value in fields.items():
+        object.__setattr__(module, name, value)
+    return module
 
 
 def check_event_shapes(potentials: Sequence[Potential], operator: str) -> tuple[int, ...]:

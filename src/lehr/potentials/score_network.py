@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from numpy.typing import ArrayLike
 
+from lehr.networks.described import Described
 from lehr.networks.wrap import Network, wrap
 from lehr.potentials.base import Moments, ScorePotential, check_positive, concrete, replace
 from lehr.predictions import PREDICTIONS, Prediction, Readings, network_input, read
@@ -59,7 +60,8 @@ class ScoreNetwork(ScorePotential):
             ``"sigma"`` σ/α, ``"time"`` t, ``"step"`` t (T − 1) with T the steps of a DiscreteSchedule,
             or a function of t.
         num_classes: number of labels of a class-conditional network, which is called as
-            ``network(x, c, label)``; :meth:`given` fixes the label.
+            ``network(x, c, label)``; by default what the network itself says. :meth:`given` fixes the
+            label; lehr's own networks know a null label besides, for any class, and start with it.
         sigma_data: the standard deviation of the data in EDM's preconditioning, in data units.
         mean: the data's mean, () or event-shaped, in data units.
         std: the data's standard deviation, () or event-shaped, in data units.
@@ -106,10 +108,13 @@ class ScoreNetwork(ScorePotential):
                 f'time_input="step" needs a DiscreteSchedule, whose steps are counted; got {schedule!r}. '
                 "For steps of another schedule pass a function, such as lambda t: 999 * t."
             )
+        if num_classes is None:
+            num_classes = getattr(network, "num_classes", 0) or None
         if num_classes is not None and num_classes < 1:
             raise ValueError(f"num_classes counts labels, at least one; got {num_classes}.")
         self.network = wrap(network)
-        self.label = None
+        knows_null = num_classes is not None and isinstance(network, Described)
+        self.label = jnp.asarray(num_classes) if knows_null else None
         self.sigma_data = check_positive("sigma_data", sigma_data)
         self.mean = jnp.broadcast_to(jnp.asarray(mean, float), event_shape)
         self.std = jnp.broadcast_to(check_positive("std", std), event_shape)

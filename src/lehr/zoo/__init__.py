@@ -6,20 +6,58 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from lehr.checkpoints.native import checkpoint_files, read_card, read_checkpoint
 from lehr.potentials.network import EnergyNetwork
+from lehr.potentials.score_network import ScoreNetwork
 
-__all__ = ["load", "zoo"]
+__all__ = ["Zoo", "load", "zoo"]
 
+WIDTH = 160  # characters of the table
 _FOLDER = Path(str(files("lehr") / "zoo" / "weights"))
 
 
-def zoo() -> dict[str, dict[str, Any]]:
-    """The shipped models: name to card."""
-    return {file.stem: read_card(file) for file in sorted(_FOLDER.glob("*.json"))}
+class Zoo(dict[str, dict[str, Any]]):
+    """Names to cards, shown as a table."""
+
+    def table(self) -> Table:
+        """What each model is, and how far off it was found."""
+        table = Table("name", "what it is", "kind", "shape", "classes", "σ/α", "calibrated", "measured")
+        for name, card in self.items():
+            sigmas = " … ".join(f"{s:g}" for s in card["sigma_range"]) if "sigma_range" in card else ""
+            calibrated = "yes" if card.get("calibrated") else "no"
+            shape = " × ".join(map(str, card["event_shape"]))
+            classes = str(card.get("classes") or "")
+            table.add_row(name, card["title"], card["kind"], shape, classes, sigmas, calibrated, _measured(card))
+        return table
+
+    def __repr__(self) -> str:
+        console = Console(width=WIDTH)
+        with console.capture() as shown:
+            console.print(self.table())
+        return shown.get()
 
 
-def load(name: str | Path) -> EnergyNetwork:
+def zoo() -> Zoo:
+    """The shipped models: name to card; printed as a table."""
+    return Zoo({file.stem: read_card(file) for file in sorted(_FOLDER.glob("*.json"))})
+
+
+def _measured(card: dict[str, Any]) -> str:
+    """One figure of the card in words, at the level nearest to σ/α = .3."""
+    for entry, words in (("log_density_error", "log p − exact"), ("calibration", "log p − flow")):
+        if entry in card:
+            at = min(card[entry], key=lambda figure: abs(figure["sigma"] - 0.3))
+            return f"{words} at {at['sigma']:g}: {at['mean']:+.3f} ± {at['spread']:.3f}"
+    if "held_out" in card:
+        at = min(card["held_out"], key=lambda figure: abs(figure["sigma"] - 0.3))
+        return f"error of ε̂ at {at['sigma']:g}: {at['error']:.3f}"
+    return ""
+
+
+def load(name: str | Path) -> EnergyNetwork | ScoreNetwork:
     """A pretrained potential: a shipped model by name, or a checkpoint on disk by path.
 
     Args:

@@ -1,94 +1,81 @@
-"""Training the shipped models, and measuring them against the densities they were trained on."""
+"""Training what has a name: the shipped models, known data sets, files of events."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from lehr.checkpoints.native import write_checkpoint
-from lehr.networks import ResidualMLP
-from lehr.potentials.analytic import ExactPotential
-from lehr.potentials.network import EnergyNetwork
+from lehr.training.data import DATA_SETS, load_data, read_data
 from lehr.training.dual import Losses
-from lehr.training.fit import Recipe, fit
-from lehr.zoo.targets import target
+from lehr.training.fit import Recipe
+from lehr.zoo.images import IMAGES
+from lehr.zoo.planar import train_planar
+from lehr.zoo.produce import Making, produce
+from lehr.zoo.targets import TARGETS
 
-__all__ = ["LEVELS", "density_error", "train"]
+__all__ = ["recipe_for", "train"]
 
-LEVELS = (0.002, 0.01, 0.03, 0.1, 0.3, 1.0)
-SIGMA_RANGE = (0.002, 20.0)
-NETWORK: dict[str, Any] = {"num_inputs": 2, "width": 128, "num_blocks": 3, "num_frequencies": 32, "bandwidth": 0.35}
+PREFIX = "zoo/"
+DEFAULT = Recipe(num_steps=5000, batch_size=128, learning_rate=1e-3, weighting="likelihood", bound_weight=0.0)
+RANGE = (0.05, 10.0)  # of σ/α, in units of the data's standard deviation
+LEVELS = (0.1, 0.3, 1.0, 3.0)  # at which held-out losses are taken, in the same units
 
 
 def train(
-    name: str,
+    what: str,
     folder: str | Path,
     recipe: Recipe | None = None,
     *,
+    kind: Literal["energy", "score"] = "energy",
     seed: int = 0,
     on_chunk: Callable[[int, Losses], None] | None = None,
 ) -> Path:
-    """Train one of the shipped models from samples and write it with its card.
+    """Train a model and write it with its card.
 
     Args:
-        name: the model's name, as in :data:`lehr.zoo.targets.TARGETS`.
+        what: ``zoo/`` and the name of a shipped model; the name of a data set, see
+            :func:`lehr.training.data.load_data`; or the path of a file, see :func:`lehr.training.data.read_data`.
         folder: where the two files go.
-        recipe: length and strength of the training; ``Recipe()`` by default. The cards of the shipped
-            models say which they had.
-        seed: of the network's first weights and of the data.
-        on_chunk: progress, see :func:`lehr.training.fit.fit`.
+        recipe: length and strength of the training; that of the shipped model, or one that suits, by default.
+        kind: what to train on a data set or a file.
+        seed: of the first weights, the batches and the noise.
+        on_chunk: progress, see :func:`lehr.fit`.
 
     Returns:
         The path of the weights.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: if there is nothing of that name.
     """
-    goal, recipe = target(name), Recipe() if recipe is None else recipe
-    key_data, key_train, key_test = jax.random.split(jax.random.key(seed), 3)
-    draws = goal.exact.sample(key_data, 0.0, (50_000,))
-    untrained = EnergyNetwork(
-        ResidualMLP(**NETWORK, rngs=nnx.Rngs(seed)),
-        event_shape=goal.exact.event_shape,
-        mean=jnp.mean(draws, 0),
-        std=jnp.sqrt(jnp.mean(jnp.var(draws, 0))),
-        feature_scale=goal.feature_scale,
-        sigma_range=SIGMA_RANGE,
-    )
-    started = time.monotonic()
-    trained = fit(untrained, lambda key, n: goal.exact.sample(key, 0.0, (n,)), key_train, recipe, on_chunk=on_chunk)
-    return write_checkpoint(
-        trained,
-        Path(folder) / name,
-        {"type": "ResidualMLP", **NETWORK},
-        title=goal.title,
-        data="exact draws of the density named in the title; no third-party data",
-        licence="Apache-2.0",
-        training={**recipe._asdict(), "loss": "dual score matching", "seed": seed},
-        training_seconds=round(time.monotonic() - started),
-        log_density_error=density_error(trained, goal.exact, key_test),
-    )
+    name = what.removeprefix(PREFIX)
+    if what.startswith(PREFIX) and name in TARGETS:
+        return train_planar(name, folder, recipe, seed=seed, on_chunk=on_chunk)
+    if what.startswith(PREFIX) and name in IMAGES:
+        making = IMAGES[name] if recipe is None else IMAGES[name]._replace(recipes=(recipe,))
+        return produce(name, load_data(name), making, folder, seed=seed, on_chunk=on_chunk)
+    if what in DATA_SETS:
+        data = load_data(what)
+    elif Path(what).suffix in (".npy", ".npz"):
+        data = read_data(what)
+    else:
+        shipped = ", ".join(PREFIX + n for n in (*TARGETS, *IMAGES))
+        raise ValueError(
+            f"nothing to train on is called {what!r}: give one of {shipped}; "
+            f"a data set, {', '.join(DATA_SETS)}; or a file that ends in .npy or .npz."
+        )
+    std = float(np.sqrt(data.events.var(0).mean()))
+    levels, ends = (tuple(std * s for s in sigmas) for sigmas in (LEVELS, RANGE))
+    recipe = DEFAULT if recipe is None else recipe
+    making = Making(kind, (recipe,), (ends[0], ends[1]), levels)
+    return produce(Path(what).stem, data, making, folder, seed=seed, on_chunk=on_chunk)
 
 
-def density_error(
-    model: EnergyNetwork, exact: ExactPotential, rng_key: jax.Array, n: int = 2000
-) -> list[dict[str, float]]:
-    """Mean and spread of log p_model − log p_exact at several noise levels, over n exact draws each.
-
-    A mean of zero says that the energy is normalised; a spread of zero that it has the right shape.
-    """
-    figures = []
-    for i, sigma in enumerate(LEVELS):
-        t = exact.schedule.time(-2 * jnp.log(sigma))
-        x = exact.sample(jax.random.fold_in(rng_key, i), t, (n,))
-        p, q = (jax.vmap(potential.log_density, (0, None))(x, t) for potential in (model, exact))
-        error = np.asarray(p - q)
-        figures.append({"sigma": sigma, "mean": round(float(error.mean()), 4), "spread": round(float(error.std()), 4)})
-    return figures
+def recipe_for(what: str) -> Recipe:
+    """The recipe that :func:`train` uses by default; the first one where there are several."""
+    name = what.removeprefix(PREFIX)
+    if what.startswith(PREFIX) and name in IMAGES:
+        return IMAGES[name].recipes[0]
+    return Recipe() if what.startswith(PREFIX) else DEFAULT

@@ -1,0 +1,33 @@
+"""The shipped models of images, and how each was made.
+
+Pixels lie in [−1, 1]. They come in steps, 1/8 for the digits, and noise much finer than a
+step would resolve them: p would then be a sum of spikes, one for each grey value, of which
+densities say nothing. The digits stop at σ = .05, where the spikes have blurred together:
+what is left of them is a ripple of 2 exp(−2π²σ²/step²) = 8 %.
+"""
+
+from __future__ import annotations
+
+from lehr.training.fit import Recipe
+from lehr.zoo.produce import Making
+
+__all__ = ["IMAGES"]
+
+IMAGES: dict[str, Making] = {
+    "digits": Making(
+        kind="energy",
+        recipes=(
+            Recipe(
+                num_steps=6000,
+                batch_size=256,
+                weighting="likelihood",
+                time_weight=0.3,
+                bound_weight=0.0,
+                weight_decay=0.1,
+            ),
+        ),
+        sigma_range=(0.05, 5.0),
+        levels=(0.06, 0.1, 0.2, 0.4, 1.0, 3.0),
+        compared_at=(0.1, 0.3, 1.0),
+    ),
+}
