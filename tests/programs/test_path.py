@@ -230,6 +230,20 @@ def test_a_potential_may_depend_on_an_ordinary_latent():
     np.testing.assert_allclose(path.log_start(position, 0.6), want[3], **ROUNDING)
 
 
+def test_a_product_may_be_made_inside_the_model_and_weighed_by_a_latent():
+    def model():
+        weight = numpyro.sample("weight", dist.HalfNormal(1.0))
+        numpyro.sample("x", lehr.Diffusion(P * Q**weight))
+
+    position = {"weight": jnp.asarray(-0.4), "x": jnp.asarray(X)}
+    weight = np.exp(-0.4)
+    want = [
+        diffused(X, P_LOC, P_SCALE, t) + weight * diffused(X, Q_LOC, Q_SCALE, t) + stats.halfnorm.logpdf(weight) - 0.4
+        for t in TIMES
+    ]
+    np.testing.assert_allclose(levels(lehr.Path(model)(), position), want, **ROUNDING)
+
+
 def mixed(y):
     """Ordinary latents of all kinds of support."""
     tau = numpyro.sample("tau", dist.HalfNormal(2.0))

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import equinox as eqx
 import jax
@@ -59,6 +59,7 @@ __all__ = [
     "Product",
     "ScoreProduct",
     "factors",
+    "members",
 ]
 
 
@@ -210,11 +211,24 @@ def factors(potential: Potential) -> list[Factor]:
     if isinstance(potential, _Product):
         pairs = zip(potential.weights, potential.members, strict=True)
         return [f._replace(weight=w * f.weight) for w, p in pairs for f in factors(p)]
-    if isinstance(potential, EnergyRegion | ScoreRegion):
-        inner = factors(potential.potential)
-        if all(f.slices == (...,) for f in inner):
-            return [f._replace(slices=potential.slices) for f in inner]
+    if _sees_product(potential):
+        return [f._replace(slices=potential.slices) for f in factors(potential.potential)]
     return [Factor(jnp.ones(()), potential, (...,))]
+
+
+def members(potential: Potential) -> list[Potential]:
+    """The models of :func:`factors`, without touching an array."""
+    if isinstance(potential, _Product):
+        return [m for p in potential.members for m in members(p)]
+    return members(potential.potential) if _sees_product(potential) else [potential]
+
+
+def _sees_product(potential: Potential) -> TypeGuard[EnergyRegion | ScoreRegion]:
+    """Whether it is a region, of models that see all of it."""
+    if not isinstance(potential, EnergyRegion | ScoreRegion):
+        return False
+    inner = potential.potential.members if isinstance(potential.potential, _Product) else (potential.potential,)
+    return not any(isinstance(p, EnergyRegion | ScoreRegion) for p in inner)
 
 
 class _Product(Potential):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lehr.potentials.operators import factors
+from lehr.potentials.operators import members
 from lehr.programs.dependence import connected
 from lehr.programs.diffusion import Diffusion, base, diffusions
 from lehr.programs.reading import is_energy
@@ -96,7 +96,7 @@ def refuse_hole(name: str, held: np.ndarray) -> None:
 def is_reversible(fn: Any) -> bool:
     """Whether a site is a product of diffusion models, each with a reverse kernel."""
     fn = base(fn)
-    return isinstance(fn, Diffusion) and all(f.potential.is_diffusion for f in factors(fn.potential))
+    return isinstance(fn, Diffusion) and all(p.is_diffusion for p in members(fn.potential))
 
 
 def is_one_model(fn: Any) -> bool:
