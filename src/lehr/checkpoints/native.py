@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from lehr import schedules
+from lehr.checkpoints.errors import CheckpointError
 from lehr.networks import NETWORKS, Described
 from lehr.potentials.analytic import ExactPotential, Gaussian, GaussianMixture
 from lehr.potentials.base import Potential, from_fields, replace
@@ -58,10 +59,6 @@ def checkpoint_files(path: str | Path) -> Files:
     """The files meant by ``path``: either of them, or both without a suffix; ``model.v2`` is a name."""
     stem = str(path).removesuffix(".safetensors").removesuffix(".json")
     return Files(Path(stem + ".safetensors"), Path(stem + ".json"))
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged, or not what its card says."""
 
 
 def save(

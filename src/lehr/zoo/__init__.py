@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lehr.checkpoints.native import checkpoint_files, read_card, read_checkpoint
-from lehr.potentials.network import EnergyNetwork
-from lehr.potentials.score_network import ScoreNetwork
+from lehr.checkpoints.load import load_checkpoint
+from lehr.checkpoints.native import checkpoint_files, read_card
+from lehr.potentials.base import Potential
 
 __all__ = ["Zoo", "load", "zoo"]
 
@@ -57,21 +57,24 @@ def _measured(card: dict[str, Any]) -> str:
     return ""
 
 
-def load(name: str | Path) -> EnergyNetwork | ScoreNetwork:
-    """A pretrained potential: a shipped model by name, or a checkpoint on disk by path.
+def load(name: str | Path, **options: Any) -> Potential:
+    """A pretrained potential: a shipped model by name, or somebody else's by path or by its name on the hub.
 
     Args:
-        name: a name that :func:`zoo` lists, or the path of a checkpoint's weights, of its card, or
-            of both without a suffix.
+        name: a name that :func:`zoo` lists; the path of a checkpoint's weights, of its card, or of both
+            without a suffix; the path of a diffusers folder; or ``"owner/name"`` on the Hugging Face hub.
+        options: for folders of diffusers, those of :func:`lehr.checkpoints.diffusers.read_diffusers`,
+            such as ``variant="fp16"``; on the hub also ``revision``.
 
     Raises:
         FileNotFoundError: if there is no such model or file.
-        lehr.CheckpointError: if the weights are damaged or do not fit their card.
+        lehr.CheckpointError: if the weights are damaged or do not fit their card or config.
     """
     shipped = _FOLDER / str(name)
     if Path(name).name == str(name) and checkpoint_files(shipped).card.is_file():
-        return read_checkpoint(shipped)
-    if not any(file.is_file() for file in checkpoint_files(name)):
+        return load_checkpoint(shipped, **options)
+    try:
+        return load_checkpoint(name, **options)
+    except FileNotFoundError as error:
         known = ", ".join(sorted(file.stem for file in _FOLDER.glob("*.json")))
-        raise FileNotFoundError(f"no shipped model and no checkpoint named {str(name)!r}. Shipped: {known}.")
-    return read_checkpoint(name)
+        raise FileNotFoundError(f"{error} Shipped: {known}.") from error
