@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +28,14 @@ def test_train_writes_a_model_that_loads(tmp_path):
     card = json.loads((tmp_path / "models" / "bar.json").read_text())
     assert card["training"]["num_steps"] == 2
     assert lehr.load(tmp_path / "models" / "bar").is_calibrated
+
+
+def test_convert_writes_a_folder_that_loads(tmp_path):
+    source = Path(__file__).parent / "checkpoints/data/adm/legacy"
+    weights, flags = (str(source.with_suffix(suffix)) for suffix in (".pt", ".json"))
+    said = run("convert", weights, "--config", flags, "--entry", "model", "--folder", "model", folder=tmp_path)
+    assert 'lehr.load("model")' in said
+    assert lehr.load(tmp_path / "model").num_classes == 10
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The command line: ``lehr demo``, ``lehr train zoo/ring``, ``lehr zoo``."""
+"""The command line: ``lehr demo``, ``lehr train zoo/ring``, ``lehr zoo``, ``lehr convert file.pt``."""
 
 from __future__ import annotations
 
@@ -77,6 +77,27 @@ def _zoo() -> None:
     Console().print(zoo().table())
 
 
+def _convert(
+    file: Annotated[Path, tyro.conf.Positional],
+    config: Path,
+    folder: Path = Path("out/converted"),
+    entry: str | None = None,
+) -> None:
+    """Write the weights in a PyTorch file as a folder that lehr.load reads; nothing in the file is run.
+
+    Args:
+        file: .pt, .pth, .bin or .safetensors.
+        config: JSON with the flags of guided-diffusion, or {"unet": ..., "scheduler": ...} of diffusers.
+        folder: where to.
+        entry: of a file that holds several things, the path of the weights in it, as in ema.model.
+    """
+    from lehr.checkpoints.convert import convert
+
+    Console().print(f'Written: {convert(file, config, folder, entry=entry)}; lehr.load("{folder}") reads it')
+
+
 def main() -> None:
     """Entry point of the ``lehr`` command."""
-    tyro.extras.subcommand_cli_from_dict({"demo": _demo, "train": _train, "zoo": _zoo}, description=__doc__)
+    tyro.extras.subcommand_cli_from_dict(
+        {"convert": _convert, "demo": _demo, "train": _train, "zoo": _zoo}, description=__doc__
+    )

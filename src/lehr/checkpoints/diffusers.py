@@ -25,7 +25,7 @@ from lehr.checkpoints.tensors import Tensors, fill, read_json, read_shards, read
 from lehr.networks.unet import UNet, UNetConfig
 from lehr.potentials.score_network import ScoreNetwork
 
-__all__ = ["is_diffusers", "read_diffusers", "read_unet"]
+__all__ = ["build_unet", "is_diffusers", "parse_config", "read_diffusers", "read_unet"]
 
 STEM = "diffusion_pytorch_model"
 # What a folder of averaged weights adds to the config.
@@ -106,12 +106,52 @@ def read_unet(folder: Path, variant: str | None = None) -> UNet:
         FileNotFoundError: if there are no weights.
         lehr.CheckpointError: naming it, for an option that is not supported, or weights that do not fit.
     """
-    config = _config(folder)
-    tensors = {_modern(name): get for name, get in _weights(folder, variant).items()}
+    file = folder / "config.json"
+    return build_unet(parse_config(read_json(file), file), _weights(folder, variant), folder)
+
+
+def build_unet(config: UNetConfig, tensors: Tensors, source: Path) -> UNet:
+    """The U-Net of ``config`` with its parameters from ``tensors``.
+
+    Args:
+        config: its structure.
+        tensors: in diffusers' names, of now or of old.
+        source: where they come from, for errors.
+
+    Raises:
+        lehr.CheckpointError: if they do not fit.
+    """
     resnets = len(config.block_out_channels) * (2 * config.layers_per_block + 1)
     if resnets > len(tensors):
-        raise CheckpointError(f"{folder / 'config.json'} asks for {resnets} blocks; there are {len(tensors)} tensors.")
-    return fill(shapes_of(lambda rngs: UNet(config, rngs=rngs)), tensors, folder)
+        raise CheckpointError(f"the config of {source} asks for {resnets} blocks; there are {len(tensors)} tensors.")
+    modern = {_modern(name): get for name, get in tensors.items()}
+    return fill(shapes_of(lambda rngs: UNet(config, rngs=rngs)), modern, source)
+
+
+def parse_config(stated: dict[str, Any], source: Path) -> UNetConfig:
+    """The structure that a U-Net's config describes.
+
+    Args:
+        stated: the content of its ``config.json``.
+        source: the file, for errors.
+
+    Raises:
+        lehr.CheckpointError: naming it, for a class, a key or a value that is not supported.
+    """
+    kind = stated.get("_class_name", "UNet2DModel")
+    if kind != "UNet2DModel":
+        raise CheckpointError(f"{source} describes a {kind!r}; what can be loaded is a 'UNet2DModel'.")
+    stated = {k: v for k, v in stated.items() if not k.startswith("_") and k not in AVERAGING}
+    for blocks in ("down_block_types", "up_block_types"):
+        if isinstance(stated.get(blocks), list):
+            stated[blocks] = [str(block).removeprefix("UNetRes") for block in stated[blocks]]
+    unknown = sorted(stated.keys() - {field.name for field in dataclasses.fields(UNetConfig)})
+    if unknown:
+        raise CheckpointError(f"{source} has unknown keys: {', '.join(unknown)}.")
+    try:
+        return UNetConfig(**stated)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{source}: {error}") from error
 
 
 def _unet_folder(folder: Path, variant: str | None) -> Path:
@@ -122,24 +162,6 @@ def _unet_folder(folder: Path, variant: str | None) -> Path:
         if (place / "config.json").is_file():
             return place
     raise FileNotFoundError(f"{folder} has no unet/config.json, and no config.json of its own: which network is it?")
-
-
-def _config(folder: Path) -> UNetConfig:
-    stated = read_json(folder / "config.json")
-    kind = stated.get("_class_name", "UNet2DModel")
-    if kind != "UNet2DModel":
-        raise CheckpointError(f"{folder} holds a {kind!r}; what can be loaded is a 'UNet2DModel'.")
-    stated = {k: v for k, v in stated.items() if not k.startswith("_") and k not in AVERAGING}
-    for blocks in ("down_block_types", "up_block_types"):
-        if isinstance(stated.get(blocks), list):
-            stated[blocks] = [str(block).removeprefix("UNetRes") for block in stated[blocks]]
-    unknown = sorted(stated.keys() - {field.name for field in dataclasses.fields(UNetConfig)})
-    if unknown:
-        raise CheckpointError(f"{folder / 'config.json'} has unknown keys: {', '.join(unknown)}.")
-    try:
-        return UNetConfig(**stated)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
 
 
 def _weights(folder: Path, variant: str | None) -> Tensors:

@@ -238,11 +238,7 @@ class UNet(nnx.Module):
         waves = channels[0] * (2 if config.time_embedding_type == "fourier" else 1)
         self.time_proj = _time_projection(config, rngs)
         self.time_embedding = TwoLayers(waves, common.time_channels, rngs=rngs)
-        self.class_embedding: TwoLayers | nnx.Embed | None = None
-        if config.class_embed_type == "timestep":
-            self.class_embedding = TwoLayers(waves, common.time_channels, rngs=rngs)
-        elif config.num_class_embeds is not None:
-            self.class_embedding = nnx.Embed(config.num_class_embeds, common.time_channels, rngs=rngs)
+        self.class_embedding = _class_embedding(config, waves, rngs)
 
         last = len(channels) - 1
         kept, width = [channels[0]], channels[0]
@@ -300,6 +296,14 @@ def _time_projection(config: UNetConfig, rngs: nnx.Rngs) -> Positional | Fourier
         case "learned":
             return Learned(config.num_train_timesteps or 0, length, rngs=rngs)
     return Positional(length, cosines_first=config.flip_sin_to_cos, shift=config.freq_shift)
+
+
+def _class_embedding(config: UNetConfig, waves: int, rngs: nnx.Rngs) -> TwoLayers | nnx.Embed | None:
+    if config.class_embed_type == "timestep":
+        return TwoLayers(waves, config.time_channels, rngs=rngs)
+    if config.num_class_embeds is not None:
+        return nnx.Embed(config.num_class_embeds, config.time_channels, rngs=rngs)
+    return None
 
 
 def _attention(config: UNetConfig, channels: int, rngs: nnx.Rngs) -> Attention:
