@@ -137,6 +137,99 @@ def test_calibrated_is_what_was_said():
     assert lehr.EnergyNetwork(mlp("scalar"), calibrated=True).is_calibrated
 
 
+# What an energy corrects, and its classes.
+
+FACTORS = np.linalg.cholesky([[[0.5, 0.2], [0.2, 0.3]], [[0.1, 0.0], [0.0, 0.4]], [[0.2, -0.1], [-0.1, 0.2]]])
+LOCS, MASSES = np.array([[0.0, 1.0], [1.0, -1.0], [-1.0, 0.0]]), np.array([0.5, 0.2, 0.3])
+
+
+def by_class(readout=0.3, num_classes=3, base=None):
+    network = ResidualMLP(2, 2, width=16, num_blocks=1, num_frequencies=4, num_classes=num_classes, rngs=nnx.Rngs(0))
+    shape = network.readout.kernel.shape
+    network.readout.kernel = nnx.Param(readout * jax.random.normal(jax.random.key(1), shape))
+    base = lehr.GaussianMixture(LOCS, FACTORS, MASSES) if base is None else base
+    return lehr.EnergyNetwork(network, head="inner", mean=MEAN, std=STD, base=base)
+
+
+def test_an_untrained_energy_is_its_base_of_each_class_and_of_all():
+    p, t = by_class(readout=0.0), np.append(T, 1.0).astype(np.float32)
+    truths = [lehr.Gaussian(m, f) for m, f in zip(LOCS, FACTORS, strict=True)]
+    truths.append(lehr.GaussianMixture(LOCS, FACTORS, MASSES))
+    for label, truth in enumerate(truths):
+        fixed = p.given(label)
+        for got, want in zip(readings(fixed, X, t), readings(truth, X, t), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+        for s in (0.0, 0.6):
+            np.testing.assert_allclose(fixed.moments(s).mean, truth.moments(s).mean, atol=1e-5)
+            np.testing.assert_allclose(fixed.moments(s).std, truth.moments(s).std, atol=1e-5)
+    for got, want in zip(readings(p, X, t), readings(truths[3], X, t), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_added_to_the_base_is_the_same_whatever_the_base():
+    """log p − log q depends on the network alone, which sees x by mean and std."""
+    one, other = by_class(base=lehr.Gaussian(MEAN, FACTORS[0])), by_class()
+    for label in range(4):
+        p, q = one.given(label), other.given(label)
+        added = [
+            readings(r, X, T)[0] - jax.vmap(lambda t, b=b: jax.vmap(b.log_density, (0, None))(X, t))(T)
+            for r, b in ((p, one.base), (q, other.base.given(label)))
+        ]
+        np.testing.assert_allclose(added[0], added[1], rtol=1e-4, atol=2e-4)
+
+
+def test_score_denoise_and_noise_agree_for_every_class():
+    p = by_class()
+    t = np.asarray(lehr.Ladder.log_snr(p.schedule, 6).times)
+    alpha, sigma = noising(p.schedule, t)
+    scores_of = []
+    for label in range(4):
+        _, score, data, noise = (np.asarray(a, float) for a in readings(p.given(label), X, t))
+        size = 1 + np.abs(sigma * score)
+        assert np.all(np.abs(noise + sigma * score) <= 256 * EPS * size)
+        assert np.all(np.abs(alpha * data - (X + sigma**2 * score)) <= 256 * EPS * (np.abs(X) + sigma * size))
+        scores_of.append(score)
+    assert min(np.std(a - b) for i, a in enumerate(scores_of) for b in scores_of[:i]) > 0.01
+
+
+def test_a_label_may_be_traced():
+    p, x = by_class(), jnp.asarray(X[0])
+    traced = jax.jit(jax.vmap(lambda label: p.given(label).log_density(x, 0.3)))(jnp.arange(4))
+    np.testing.assert_allclose(traced, [p.given(label).log_density(x, 0.3) for label in range(4)], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("label", "error", "message"),
+    [(4, ValueError, "from 0 to 2, and 3"), (-1, ValueError, "got -1"), (1.0, TypeError, "integer"),
+     (np.array([1]), ValueError, "scalar")],
+)  # fmt: skip
+def test_what_is_no_label_is_refused(label, error, message):
+    with pytest.raises(error, match=message):
+        by_class().given(label)
+
+
+def test_labels_and_bases_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="without classes"):
+        energy("inner").given(0)
+    with pytest.raises(ValueError, match="one component for each of the 4"):
+        by_class(num_classes=4)
+    with pytest.raises(ValueError, match="flattened event"):
+        lehr.EnergyNetwork(mlp("scalar"), base=lehr.Gaussian(np.zeros(3)))
+
+
+def test_an_energy_of_pictures_is_that_of_their_pixels_in_a_row():
+    base = lehr.Gaussian(np.arange(4.0), np.linalg.cholesky(np.diag(np.arange(1.0, 5.0)) + 0.3))
+    arguments = {"width": 8, "num_blocks": 1, "num_frequencies": 4, "rngs": nnx.Rngs(0)}
+    picture, row = (
+        lehr.EnergyNetwork(ResidualMLP(4, 4, **arguments), None, shape, head="inner", mean=1.0, base=base)
+        for shape in ((2, 2), (4,))
+    )
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2)))
+    for name in ("log_density", "score", "denoise", "noise"):
+        ours, theirs = getattr(picture, name)(x, 0.3), getattr(row, name)(x.ravel(), 0.3)
+        np.testing.assert_allclose(np.ravel(ours), np.ravel(theirs), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [

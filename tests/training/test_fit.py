@@ -1,5 +1,7 @@
 """Training reaches optima that are known, and takes up where it stopped."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,8 +36,12 @@ def same(first, second):
 
 
 def test_an_energy_learns_the_score_and_the_time_derivative_of_a_gaussian():
-    """The network is given N(m, s²) and has to find the correlation. What it may miss: 5 % of the largest score, and of
-    the time derivative what 1500 batches of 256 targets of variance 2d leave, √(4/(256 · 1500 · .002)) = .07, twice."""
+    """The network is given N(m, s²) and has to find the correlation.
+
+    What it may miss: 5 % of a score of unit size, and of the time derivative twice what the targets leave, whose
+    variance is 2d = 4: the average reaches over 1/(1 − .998) = 500 batches of 256, of which one in about ten
+    concerns a level's neighbourhood, so that √(4/(500 · 256/10)) = .018 for each of some ten directions.
+    """
     untrained = lehr.EnergyNetwork(network(), mean=MEAN, std=STD, sigma_range=(0.05, 10.0))
     recipe = lehr.Recipe(num_steps=1500, batch_size=256, learning_rate=4e-3, ema_decay=0.998, bound_weight=0.0)
     trained = lehr.fit(untrained, sampler, jax.random.key(0), recipe)
@@ -45,14 +51,13 @@ def test_an_energy_learns_the_score_and_the_time_derivative_of_a_gaussian():
         def slopes(p, y, log_sigma):
             return jax.grad(lambda y, c: p.log_density_at(y, 1.0, jnp.exp(c)), (0, 1))(y, log_sigma)
 
-        (score, by_time), (exact, exact_by_time), (_, start_by_time) = (
-            jax.vmap(slopes, (None, 0, None))(p, y, jnp.log(sigma)) for p in (trained, TRUTH, untrained)
-        )
-        error = np.sqrt(np.mean(sigma**2 * (score - exact) ** 2))
-        assert error < 0.05
-        assert np.sqrt(np.mean((by_time - exact_by_time) ** 2)) < 0.15
-        if sigma < 1:  # where there was something to learn
-            assert np.sqrt(np.mean((start_by_time - exact_by_time) ** 2)) > 0.4
+        of_all = jax.vmap(slopes, (None, 0, None))
+        (score, by_time), (exact, exact_by_time) = (of_all(p, y, jnp.log(sigma)) for p in (trained, TRUTH))
+        assert np.sqrt(np.mean(sigma**2 * (score - exact) ** 2)) < 0.05
+        error = np.sqrt(np.mean((by_time - exact_by_time) ** 2))
+        assert error < 0.12
+        if sigma == 0.4:  # where there was most to learn
+            assert error < np.sqrt(np.mean((of_all(untrained, y, jnp.log(sigma))[1] - exact_by_time) ** 2)) / 4
     t = TRUTH.schedule.time(-2 * jnp.log(0.1))
     x = TRUTH.sample(jax.random.key(3), t, (500,))
     gap = jax.vmap(trained.log_density, (0, None))(x, t) - jax.vmap(TRUTH.log_density, (0, None))(x, t)
@@ -60,7 +65,7 @@ def test_an_energy_learns_the_score_and_the_time_derivative_of_a_gaussian():
     assert trained.is_calibrated
 
 
-@pytest.mark.parametrize("weighting", ["uniform", "likelihood"])
+@pytest.mark.parametrize("weighting", [pytest.param("uniform", marks=pytest.mark.slow), "likelihood"])
 def test_a_score_learns_that_of_a_gaussian(weighting):
     untrained = lehr.ScoreNetwork(network(2), lehr.VPCosine(), (2,), prediction="v", mean=MEAN, std=STD)
     recipe = lehr.Recipe(
@@ -73,33 +78,43 @@ def test_a_score_learns_that_of_a_gaussian(weighting):
         assert np.sqrt(np.mean(error**2)) < 0.06  # of a noise of unit size
 
 
-def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(tmp_path):
-    recipe = lehr.Recipe(num_steps=30, batch_size=16)
-    untrained = lehr.EnergyNetwork(network(width=16))
-    whole = lehr.fit(untrained, sampler, jax.random.key(0), recipe, chunk=10)
+RECIPE = lehr.Recipe(num_steps=30, batch_size=16)
+
+
+@pytest.fixture(scope="module")
+def untrained():
+    return lehr.EnergyNetwork(network(width=16))
+
+
+@pytest.fixture(scope="module")
+def whole(untrained):
+    return lehr.fit(untrained, sampler, jax.random.key(0), RECIPE, chunk=10)
+
+
+def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(untrained, whole, tmp_path):
+    def fit(key=0, recipe=RECIPE, on_chunk=None):
+        return lehr.fit(untrained, sampler, jax.random.key(key), recipe, chunk=10, folder=tmp_path, on_chunk=on_chunk)
 
     def cut(steps, _):
         if steps == 20:
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        lehr.fit(untrained, sampler, jax.random.key(0), recipe, chunk=10, folder=tmp_path, on_chunk=cut)
+        fit(on_chunk=cut)
     reports = []
-    resumed = lehr.fit(
-        untrained,
-        sampler,
-        jax.random.key(0),
-        recipe,
-        chunk=10,
-        folder=tmp_path,
-        on_chunk=lambda n, _: reports.append(n),
-    )
+    assert same(fit(on_chunk=lambda steps, _: reports.append(steps)), whole)
     assert reports == [30]
-    assert same(resumed, whole)
-    assert not same(resumed, untrained)
-    for key, other in ((1, recipe), (0, lehr.Recipe(num_steps=31, batch_size=16))):
+    assert not same(whole, untrained)
+    for key, recipe in ((1, RECIPE), (0, dataclasses.replace(RECIPE, learning_rate=1e-3))):
         with pytest.raises(ValueError, match="another recipe or key"):
-            lehr.fit(untrained, sampler, jax.random.key(key), other, chunk=10, folder=tmp_path)
+            fit(key, recipe)
+
+
+def test_what_comes_back_is_the_average_of_the_weights(untrained, whole):
+    """With δ = 0 it is the last weights; the average lags behind them, by little on so short a way."""
+    last = lehr.fit(untrained, sampler, jax.random.key(0), dataclasses.replace(RECIPE, ema_decay=0.0), chunk=10)
+    start, mean, end = (np.concatenate([w.ravel() for w in weights(p)]) for p in (untrained, whole, last))
+    assert 0.001 < np.linalg.norm(mean - end) / np.linalg.norm(end - start) < 0.5
 
 
 def test_the_moving_average_is_its_recurrence():
@@ -112,21 +127,6 @@ def test_the_moving_average_is_its_recurrence():
     np.testing.assert_allclose(mean, expected, rtol=1e-5)
 
 
-def test_an_average_that_forgets_all_but_the_last_weights_is_the_last_weights():
-    """With δ = 0 two trainings that part in their last step differ; with δ → 1 they hardly do."""
-    untrained = lehr.EnergyNetwork(network(width=16))
-
-    def trained(decay, **changes):
-        recipe = lehr.Recipe(num_steps=12, batch_size=16, ema_decay=decay, **changes)
-        return np.concatenate([w.ravel() for w in weights(lehr.fit(untrained, sampler, jax.random.key(0), recipe))])
-
-    start = np.concatenate([w.ravel() for w in weights(untrained)])
-    last, averaged = trained(0.0), trained(0.999)
-    # The average lags: on the way from the start it has covered less ground than the last weights.
-    moved = np.linalg.norm(last - start)
-    assert 0.02 * moved < np.linalg.norm(averaged - start) < 0.95 * moved
-
-
 def test_the_share_of_hidden_labels_is_what_was_asked():
     n, share = 20_000, 0.15
     labels = jnp.asarray(np.random.default_rng(0).integers(0, 4, n))
@@ -136,6 +136,7 @@ def test_the_share_of_hidden_labels_is_what_was_asked():
     assert np.array_equal(dropped[~hidden], np.asarray(labels)[~hidden])
 
 
+@pytest.mark.slow
 def test_classes_are_learnt_and_the_hidden_label_is_all_of_them():
     """Two classes at ∓1 with masses ¼ and ¾, in one dimension; the base knows nothing of them."""
     locs, masses, std = jnp.array([-1.0, 1.0]), (0.25, 0.75), 0.5

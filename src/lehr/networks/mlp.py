@@ -41,8 +41,9 @@ class ResidualMLP(Described):
         bandwidth: standard deviation of the frequencies of x, in cycles per unit of x.
         axis_aligned: whether each frequency looks at one element of x alone, as suits images, whose
             pixels have sharp values of their own; otherwise in a random direction.
-        reach: where elements of x begin to saturate, x ↦ x/√(1 + (x/reach)²), so that the output is bounded
-            and a density that it corrects keeps its tails; ``None`` for no saturation.
+        reach: where elements of x begin to saturate, x ↦ x/√(1 + (x/reach)²); ``None`` for no saturation.
+        limit: where elements of the output do, likewise. Far from the data a network says anything, and an
+            energy made of it may lead chains there; bounded, it leaves its tails to the density it corrects.
         data_std: s, the standard deviation of the data. If given, x is read as having unit variance, of
             which g² = σ²/(s² + σ²) is noise, and frequencies finer than the noise are faded out, by
             exp(−2π²B²g²): a density blurred by the noise has none.
@@ -61,6 +62,7 @@ class ResidualMLP(Described):
         bandwidth: float = 0.5,
         axis_aligned: bool = False,
         reach: float | None = None,
+        limit: float | None = None,
         data_std: float | None = None,
         num_classes: int = 0,
         rngs: nnx.Rngs,
@@ -68,7 +70,7 @@ class ResidualMLP(Described):
         self.num_inputs, self.num_outputs = num_inputs, num_outputs
         self.width, self.num_blocks = width, num_blocks
         self.num_frequencies, self.bandwidth, self.axis_aligned = num_frequencies, bandwidth, axis_aligned
-        self.reach, self.data_std = reach, data_std
+        self.reach, self.limit, self.data_std = reach, limit, data_std
         self.num_classes = num_classes
         frequencies = bandwidth * jax.random.normal(rngs.params(), (num_frequencies, num_inputs))
         if axis_aligned:
@@ -84,9 +86,7 @@ class ResidualMLP(Described):
 
     def __call__(self, x: jax.Array, c: jax.Array, label: jax.Array | None = None) -> jax.Array:
         """The network at one x of d elements, one scalar c and, if it has classes, one label; none is any."""
-        flat = jnp.ravel(x)
-        if self.reach is not None:
-            flat = flat * jax.lax.rsqrt(1 + (flat / self.reach) ** 2)
+        flat = _saturate(jnp.ravel(x), self.reach)
         frequencies = self.x_frequencies[...]
         features = fourier(frequencies @ flat)
         if self.data_std is not None:
@@ -98,7 +98,7 @@ class ResidualMLP(Described):
             e = e + self.embed_label(jnp.asarray(self.num_classes if label is None else label))
         for block in self.blocks:
             h = block(h, nnx.silu(e))
-        out = self.readout(nnx.silu(h))
+        out = _saturate(self.readout(nnx.silu(h)), self.limit)
         if self.num_outputs == 0:
             return out[0]
         return out.reshape(x.shape) if self.num_outputs == x.size else out
@@ -117,3 +117,7 @@ class _Block(nnx.Module):
 def fourier(phase: jax.Array) -> jax.Array:
     """cos 2πφ and sin 2πφ, one after the other."""
     return jnp.concatenate([jnp.cos(2 * jnp.pi * phase), jnp.sin(2 * jnp.pi * phase)])
+
+
+def _saturate(x: jax.Array, limit: float | None) -> jax.Array:
+    return x if limit is None else x * jax.lax.rsqrt(1 + (x / limit) ** 2)

@@ -17,8 +17,9 @@ has its own time derivative written in, a control variate: of the target's varia
 from the data, the network meets only what ∂ log q/∂ log σ does not account for.
 
 Both losses are weighted by v/s² = 1 + σ²/s²: the noise that remains in the targets then has
-the same size at every level; or not at all, which is what bounds the likelihood. σ is
-log-uniform, stratified over the batch.
+the same size at every level. The score loss may go without, which is what bounds the
+likelihood, and looks closer at the small σ where images have most to learn. σ is log-uniform,
+stratified over the batch.
 
 **Where there are no data.** At small σ the noisy data cover only the support, and between
 and beyond it a network may say anything: one particle that strays there can be given more
@@ -83,7 +84,7 @@ def dual_score_matching(
         rng_key: a JAX key.
         data: x₀, shape (n, *event_shape), in data units.
         labels: the class of each event, shape (n,), where the network has classes; K for any.
-        weighting: ``"uniform"``, by v/s²; ``"likelihood"``, all levels by 1.
+        weighting: of the score loss: ``"uniform"``, by v/s²; ``"likelihood"``, all levels by 1.
         with_bound: whether the third loss is asked for; 0 otherwise.
     """
     n, dimension = data.shape[0], math.prod(potential.event_shape)
@@ -104,10 +105,10 @@ def dual_score_matching(
     ) -> tuple[jax.Array, jax.Array]:
         sigma = jnp.exp(log_sigma)
         by_y, by_log_sigma = by_y_and_log_sigma(x0 + sigma * noise, log_sigma, label)
-        weight = 1 + (sigma / potential.std) ** 2 if weighting == "uniform" else 1.0
+        precision = 1 + (sigma / potential.std) ** 2
         in_space = jnp.sum((sigma * by_y + noise) ** 2)
         in_time = (by_log_sigma - (jnp.sum(noise**2) - dimension)) ** 2
-        return weight * in_space, weight * in_time
+        return precision * in_space if weighting == "uniform" else in_space, precision * in_time
 
     def exceed(away: jax.Array, label: jax.Array | None, log_sigma: jax.Array) -> jax.Array:
         y = potential.mean + SPREAD * jnp.hypot(potential.std, jnp.exp(log_sigma)) * away

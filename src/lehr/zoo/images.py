@@ -8,26 +8,24 @@ what is left of them is a ripple of 2 exp(−2π²σ²/step²) = 8 %.
 
 from __future__ import annotations
 
+import dataclasses
+
 from lehr.training.fit import Recipe
 from lehr.zoo.produce import Making
 
 __all__ = ["IMAGES"]
 
+LEARN = Recipe(
+    num_steps=7000, batch_size=256, weighting="likelihood", time_weight=0.3, bound_weight=0.0, weight_decay=0.1
+)
+CALIBRATE = dataclasses.replace(LEARN, num_steps=1500, batch_size=512, learning_rate=5e-4, time_weight=2.0)
+
 IMAGES: dict[str, Making] = {
     "digits": Making(
         kind="energy",
-        recipes=(
-            Recipe(
-                num_steps=6000,
-                batch_size=256,
-                weighting="likelihood",
-                time_weight=0.3,
-                bound_weight=0.0,
-                weight_decay=0.1,
-            ),
-        ),
-        sigma_range=(0.05, 5.0),
-        levels=(0.06, 0.1, 0.2, 0.4, 1.0, 3.0),
+        recipes=(LEARN, CALIBRATE),
+        sigma_range=(0.05, 2.5),
+        levels=(0.06, 0.1, 0.2, 0.4, 1.0, 2.0),
         compared_at=(0.1, 0.3, 1.0),
     ),
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -66,7 +65,6 @@ def produce(
     Returns:
         The path of the weights. The figures on the card are those of the weights as stored.
     """
-    started = time.monotonic()
     potential, recipes = _untrained(making, data, seed), making.recipes
     if making.kind == "score":  # an energy knows its own range
         recipes = tuple(dataclasses.replace(recipe, sigma_range=making.sigma_range) for recipe in recipes)
@@ -83,7 +81,6 @@ def produce(
         "grain": data.grain,
         "training": [dataclasses.asdict(recipe) for recipe in recipes],
         "seed": seed,
-        "training_seconds": round(time.monotonic() - started),
     }
     path = save(potential, Path(folder) / name, dtype="float16", **about)
     return save(potential, path, dtype="float16", **about, **_measured(read_checkpoint(path), making, data, seed))

@@ -1,0 +1,60 @@
+"""The shipped digits: samples against held-out digits, classes, masses of a mixture, and an unwanted class divided out.
+
+Score: the accuracy at which a support vector machine tells samples from held-out digits under the same noise (½ if
+they are alike, ± .016 by chance). Wanted: the share of samples that a machine, trained on the model's training digits,
+takes for what was asked. `python benchmarks/digits.py [samples]`
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from report import report
+
+import lehr
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "exact"))
+from digits_judge import DATA, classifier, flat, held_out, reverse, smc, two_sample_score
+
+PAIR, PROBS = (1, 7), (0.3, 0.7)
+UNWANTED, WEIGHT = 8, 0.05  # p^1.05/q^.05: elsewhere than at an 8, log p/q is some hundred nats
+PLAIN = np.flatnonzero(np.arange(10) != UNWANTED)
+
+
+def main():
+    n = int(sys.argv[1]) if len(sys.argv) > 1 else 500
+    digits, judge = lehr.load("digits"), classifier()
+    rows, results = [], {}
+
+    def add(name, wanted, score, seconds):
+        results[name] = {"wanted": wanted, "two_sample_score": score, "seconds": seconds}
+        rows.append((name, *("–" if f is None else f"{f:.3f}" for f in (wanted, score)), f"{seconds:.0f}"))
+
+    add("held-out digits", float(judge.score(flat(DATA.held_out), DATA.held_out_labels)), None, 0.0)
+    for name, sample in (("AnnealedSMC", smc), ("Reverse", reverse)):
+        started = time.monotonic()
+        x = sample(digits, n)
+        add(name, None, two_sample_score(x, held_out(n)), time.monotonic() - started)
+        started, each = time.monotonic(), []
+        for label in range(10):
+            each.append(np.mean(judge.predict(flat(sample(digits.given(label), n // 10, seed=label))) == label))
+        add(f"{name}, class by class", float(np.mean(each)), None, time.monotonic() - started)
+    started = time.monotonic()
+    found = judge.predict(flat(smc(lehr.Mixture([digits.given(k) for k in PAIR], PROBS), n)))
+    add(
+        f"{PROBS[0]} of {PAIR[0]}, {PROBS[1]} of {PAIR[1]}",
+        float(np.mean(found == PAIR[0])),
+        None,
+        time.monotonic() - started,
+    )
+    started = time.monotonic()
+    x = smc(lehr.Contrast(digits, digits.given(UNWANTED), weight=WEIGHT), n)
+    share = float(np.mean(judge.predict(flat(x)) == UNWANTED))
+    add(f"no {UNWANTED}", 1 - share, two_sample_score(x, held_out(n, PLAIN)), time.monotonic() - started)
+    results["calibration"] = lehr.zoo()["digits"]["calibration"]
+    report("digits", f"8×8 digits, {n} samples", ("samples", "wanted", "two-sample score", "seconds"), rows, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""The shipped digits, judged on digits that the model never saw."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from digits_judge import DATA, SIGMA, classifier, flat, held_out, reverse, smc, two_sample_score
+
+import lehr
+from lehr.training.evaluate import calibration
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return lehr.load("digits")
+
+
+@pytest.fixture(scope="module")
+def judge():
+    machine = classifier()
+    assert machine.score(flat(DATA.held_out), DATA.held_out_labels) > 0.97
+    return machine
+
+
+def test_the_card_says_what_it_is(digits):
+    card = lehr.zoo()["digits"]
+    assert digits.event_shape == (8, 8)
+    assert digits.is_calibrated
+    assert digits.num_classes == card["classes"] == 10
+    assert card["value_range"] == [-1.0, 1.0]
+    assert card["sigma_range"][0] == SIGMA
+    assert card["grain"] == 1 / 8
+    for figure, bound in zip(card["calibration"], (5.0, 0.5, 0.1), strict=True):
+        assert abs(figure["mean"]) < bound
+    assert "digits" in repr(lehr.zoo())
+
+
+def test_it_tells_held_out_digits_apart(digits):
+    """The class of the greatest log p(x | class), under noise of σ = .3: a model of densities is a classifier."""
+    t = digits.schedule.time(-2 * jnp.log(0.3))
+    noise = jax.random.normal(jax.random.key(0), (300, 8, 8))
+    x = digits.schedule.alpha(t) * DATA.held_out[:300] + digits.schedule.sigma(t) * noise
+    of_class = jax.vmap(lambda x, k: digits.given(k).log_density(x, t), (None, 0))
+    told = np.argmax(np.asarray(jax.jit(jax.vmap(of_class, (0, None)))(x, jnp.arange(10))), 1)
+    assert np.mean(told == DATA.held_out_labels[:300]) > 0.95
+
+
+def test_all_classes_together_are_the_mixture_of_the_classes(digits):
+    """Where densities are normalised, p(x) = Σ π_k p(x | k): the null label was trained on its own."""
+    masses = np.bincount(DATA.labels) / len(DATA.labels)
+    for sigma, nats in ((1.0, 0.15), (0.3, 1.0)):
+        t = digits.schedule.time(-2 * jnp.log(sigma))
+        noise = jax.random.normal(jax.random.key(1), (200, 8, 8))
+        x = digits.schedule.alpha(t) * DATA.held_out[:200] + digits.schedule.sigma(t) * noise
+        mixture = lehr.Mixture([digits.given(k) for k in range(10)], masses)
+        gap = jax.jit(jax.vmap(lambda x, t=t, m=mixture: digits.log_density(x, t) - m.log_density(x, t)))(x)
+        assert abs(np.mean(gap)) < nats
+
+
+def test_reverse_diffusion_of_a_class_makes_that_class(digits, judge):
+    found = judge.predict(flat(reverse(digits.given(3), 40, num_levels=60)))
+    assert np.mean(found == 3) >= 0.9
+
+
+@pytest.mark.slow
+def test_the_energy_is_normalised_as_its_flow_is(digits):
+    figures = calibration(digits, DATA.held_out[::16][:30], sigmas=(0.1, 0.3, 1.0), rng_key=jax.random.key(7))
+    for figure, bound in zip(figures, (5.0, 0.5, 0.1), strict=True):
+        assert abs(figure["mean"]) < bound + 3 * figure["spread"] / np.sqrt(30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sample", [smc, reverse])
+def test_samples_are_hardly_told_from_held_out_digits(digits, sample):
+    assert two_sample_score(sample(digits, 500), held_out(500)) < 0.56 + 0.016
+
+
+@pytest.mark.slow
+def test_each_class_comes_out_as_itself(digits, judge):
+    right = [np.mean(judge.predict(flat(reverse(digits.given(k), 50, seed=k))) == k) for k in range(10)]
+    assert np.mean(right) >= 0.95
+
+
+@pytest.mark.slow
+def test_a_mixture_of_two_classes_has_the_masses_it_was_given(digits, judge):
+    mixture = lehr.Mixture([digits.given(1), digits.given(7)], [0.3, 0.7])
+    found = judge.predict(flat(smc(mixture, 1000)))
+    assert np.mean(found == 1) == pytest.approx(0.3, abs=0.05)
+    assert np.mean(np.isin(found, (1, 7))) > 0.95
+
+
+@pytest.mark.slow
+def test_a_class_divided_out_is_gone_and_the_others_stay(digits, judge):
+    x = smc(lehr.Contrast(digits, digits.given(8), weight=0.05), 500)  # some hundred nats of log p/q, times .05
+    assert np.mean(judge.predict(flat(x)) == 8) < 0.01
+    others = held_out(500, np.flatnonzero(np.arange(10) != 8))
+    assert two_sample_score(x, others) < 0.65
