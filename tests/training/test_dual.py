@@ -81,7 +81,7 @@ def at_one_level(exact, data, sigma, base):
 
 
 def noise_left(sigma):
-    """E Var(‖ε‖² | y) = Σ 4 u − 2 u² with u = s²/(s² + σ²): given y, ε_i has variance u, and a mean of variance 1 − u."""
+    """E Var(‖ε‖² | y) = Σ 4 u − 2 u², u = s²/(s² + σ²): given y, ε_i has variance u, and a mean of variance 1 − u."""
     u = STDS**2 / (STDS**2 + sigma**2)
     return np.sum(4 * u - 2 * u**2)
 
