@@ -38,6 +38,22 @@ def test_convert_writes_a_folder_that_loads(tmp_path):
     assert lehr.load(tmp_path / "model").num_classes == 10
 
 
+def test_train_makes_a_model_of_a_file_of_events(tmp_path):
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "mine.npz", events=rng.normal(size=(40, 3)), labels=np.repeat([0, 1], 20))
+    for kind, extra in (("energy", ()), ("score", ("--kind", "score"))):
+        run("train", "mine.npz", "--folder", kind, "--num-steps", "2", "--batch-size", "8", *extra, folder=tmp_path)
+        made = lehr.load(tmp_path / kind / "mine")
+        card = json.loads((tmp_path / kind / "mine.json").read_text())
+        assert card["kind"] == kind
+        assert card["classes"] == (2 if kind == "energy" else 0)
+        assert [figure["sigma"] for figure in card["held_out"]] == sorted(f["sigma"] for f in card["held_out"])
+        # Two steps change next to nothing: the error is that of the data's Gaussian, for an energy at least.
+        if kind == "energy":
+            assert 0.5 < card["held_out"][0]["error"] < 1.5
+            assert made.given(1).is_calibrated
+
+
 @pytest.mark.slow
 def test_the_demo_agrees_with_the_exact_answers(tmp_path):
     from lehr.demo import demo

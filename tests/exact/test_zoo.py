@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 
 import lehr
+from lehr.zoo.images import IMAGES
 from lehr.zoo.planar import density_error
 from lehr.zoo.targets import TARGETS, target
 
 
 def test_every_target_is_shipped_with_a_card_that_says_what_it_is():
     cards = lehr.zoo()
-    assert set(cards) == set(TARGETS)
-    for name, card in cards.items():
+    assert set(cards) == {*TARGETS, *IMAGES}
+    for name in TARGETS:
+        card = cards[name]
         assert card["title"] == target(name).title
         assert card["licence"] == "Apache-2.0"
         assert card["calibrated"]

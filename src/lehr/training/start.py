@@ -31,6 +31,7 @@ __all__ = ["gaussian_base", "suitable_network", "untrained_energy", "untrained_s
 
 SHRINKAGE = 0.3  # ρ
 LEAST_STD = 1e-3  # δ, for pixels that never change, in data units
+MOST_DIMENSIONS = 256  # of events whose covariances are written in: they are as many as the dimensions squared
 IMAGE_SIDE = 12  # images at least as large are for a mixer of patches, others for a perceptron
 
 
@@ -61,7 +62,7 @@ def gaussian_base(events: ArrayLike, labels: ArrayLike | None = None) -> ExactPo
 def untrained_energy(
     network: Described, events: ArrayLike, labels: ArrayLike | None = None, **arguments: Any
 ) -> EnergyNetwork:
-    """An energy that is, as yet, the Gaussians of the data.
+    """An energy that is, as yet, the Gaussians of the data; of large events the one of mean and pooled spread.
 
     Args:
         network: the network, in its first weights, with an output of the event's shape.
@@ -75,7 +76,7 @@ def untrained_energy(
         event_shape=x.shape[1:],
         mean=x.mean(0),
         std=_pooled_std(x),
-        base=gaussian_base(x, labels),
+        base=gaussian_base(x, labels) if x[0].size <= MOST_DIMENSIONS else None,
         **{"head": "inner", **arguments},
     )
 

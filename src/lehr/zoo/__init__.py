@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from lehr.checkpoints.load import load_checkpoint
 from lehr.checkpoints.native import checkpoint_files, read_card
@@ -24,13 +24,13 @@ class Zoo(dict[str, dict[str, Any]]):
 
     def table(self) -> Table:
         """What each model is, and how far off it was found."""
-        table = Table("name", "what it is", "kind", "shape", "classes", "σ/α", "calibrated", "measured")
+        table = Table(Column("name", no_wrap=True), "what it is", "kind", "events", "σ/α", "measured")
         for name, card in self.items():
-            sigmas = " … ".join(f"{s:g}" for s in card["sigma_range"]) if "sigma_range" in card else ""
-            calibrated = "yes" if card.get("calibrated") else "no"
+            kind = f"calibrated {card['kind']}" if card.get("calibrated") else card["kind"]
             shape = " × ".join(map(str, card["event_shape"]))
-            classes = str(card.get("classes") or "")
-            table.add_row(name, card["title"], card["kind"], shape, classes, sigmas, calibrated, _measured(card))
+            events = f"{shape}, {card['classes']} classes" if card.get("classes") else shape
+            sigmas = " … ".join(f"{s:g}" for s in card["sigma_range"]) if "sigma_range" in card else ""
+            table.add_row(name, card["title"], kind, events, sigmas, _measured(card))
         return table
 
     def __repr__(self) -> str:

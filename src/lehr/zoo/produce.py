@@ -56,7 +56,7 @@ def produce(
 
     Args:
         name: of the files.
-        data: events, with or without classes, and some held out.
+        data: events, some held out; if they have labels, an energy learns the classes too.
         making: what to train, and how.
         folder: where the two files go, and the training's checkpoints in a folder beside them.
         seed: of the first weights, the batches and the noise.
@@ -65,10 +65,12 @@ def produce(
     Returns:
         The path of the weights. The figures on the card are those of the weights as stored.
     """
-    potential, recipes = _untrained(making, data, seed), making.recipes
-    if making.kind == "score":  # an energy knows its own range
+    recipes = making.recipes
+    if making.kind == "score":  # of all classes together; an energy knows its own range
+        data = data._replace(labels=None, held_out_labels=None)
         recipes = tuple(dataclasses.replace(recipe, sigma_range=making.sigma_range) for recipe in recipes)
-    events = data.events if data.labels is None else (data.events, data.labels)
+    potential = _untrained(making, data, seed)
+    events: Any = data.events if data.labels is None else (data.events, data.labels)
     for i, recipe in enumerate(recipes):
         key, kept = jax.random.fold_in(jax.random.key(seed), i), Path(folder) / f"{name}.training" / str(i)
         potential = fit(potential, events, key, recipe, folder=kept, on_chunk=on_chunk)
