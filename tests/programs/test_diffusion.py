@@ -61,10 +61,11 @@ def test_at_binds_a_copy():
     np.testing.assert_allclose(bound.at(0.7).log_prob(X), exact(X, 0.7), **ROUNDING)
 
 
-def test_without_a_level_there_is_no_density_and_no_draw():
-    for use in (lambda d: d.log_prob(X), lambda d: d.sample(jax.random.key(0))):
-        with pytest.raises(RuntimeError, match=r"no noise level.*lehr\.noise_level"):
-            use(lehr.Diffusion(P))
+def test_without_a_level_there_is_no_density_and_draws_are_data():
+    with pytest.raises(RuntimeError, match=r"no noise level.*lehr\.noise_level"):
+        lehr.Diffusion(P).log_prob(X)
+    key = jax.random.key(0)
+    np.testing.assert_array_equal(lehr.Diffusion(P).sample(key), lehr.Diffusion(P, 0.0).sample(key))
 
 
 def test_a_score_has_no_log_prob(score_only):

@@ -400,15 +400,6 @@ def test_a_model_without_a_diffusion_is_refused():
         lehr.Path(lambda: numpyro.sample("x", lehr.Diffusion(P), obs=X))()
 
 
-def test_a_discrete_latent_is_refused():
-    def model():
-        numpyro.sample("k", dist.Bernoulli(0.5))
-        numpyro.sample("x", lehr.Diffusion(P))
-
-    with pytest.raises(ValueError, match=r"the latent site 'k' is discrete.*sum it out"):
-        lehr.Path(model)()
-
-
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_arguments_that_are_not_finite_are_refused(bad):
     y = np.array([bad, 1.0])

@@ -73,9 +73,9 @@ def Region(  # noqa: N802
 def on_one_canvas(potentials: list[Potential]) -> list[Potential]:
     """Potentials with the canvas of regions that were given none grown to the smallest that fits all."""
     growing = [p for p in potentials if isinstance(p, _Region) and p.grows]
-    given = [p.event_shape for p in potentials if not (isinstance(p, _Region) and p.grows)]
-    if not growing or len({len(p.event_shape) for p in potentials}) > 1:
+    if not growing or len({len(getattr(p, "event_shape", ())) for p in potentials}) > 1:
         return potentials
+    given = [p.event_shape for p in potentials if not (isinstance(p, _Region) and p.grows)]
     canvas = given[0] if given else tuple(np.max([p.event_shape for p in growing], axis=0).tolist())
     if any(n > m for p in growing for n, m in zip(p.event_shape, canvas, strict=True)):
         return potentials

@@ -68,6 +68,7 @@ class Path:
         self.guidance = _per_site(guidance)
         self.end = jnp.zeros(())
         self.forgets = False
+        self.discrete: Position = {}
         self._arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         if isinstance(model, Potential):
             self.model: Callable[..., Any] = _Prior(model)
@@ -319,7 +320,7 @@ class Path:
         for where, leaf in jax.tree_util.tree_flatten_with_path((args, kwargs))[0]:
             refuse_nan(f"the model's argument {jax.tree_util.keystr(where[1:])}", leaf)
         self._arguments = (args, kwargs)
-        self.discrete: Position = {}
+        self.discrete = {}
         sites = self._discover()
         self.diffusion_sites = tuple(s["name"] for s in sites if diffusions(s["fn"]) and not s["is_observed"])
         if not self.diffusion_sites:
