@@ -17,6 +17,7 @@ References:
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -172,8 +173,14 @@ class UNetConfig:
             raise ValueError(f"out_channels must be in_channels or twice that; got {self.out_channels!r}.")
         if not isinstance(self.downsample_padding, int) or self.downsample_padding not in (0, 1):
             raise ValueError(f"downsample_padding must be 0 or 1; got {self.downsample_padding!r}.")
-        if self.norm_eps <= 0 or self.mid_block_scale_factor <= 0:
-            raise ValueError(f"norm_eps and mid_block_scale_factor must be positive; got {self!r}.")
+        for name in ("norm_eps", "mid_block_scale_factor"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a positive number; got {value!r}.")
+        if not isinstance(self.freq_shift, int | float) or not 0 <= self.freq_shift < self.block_out_channels[0] // 2:
+            raise ValueError(
+                f"freq_shift must be less than half of the first block_out_channels; got {self.freq_shift!r}."
+            )
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups or self.head_channels(channels) > channels:
                 raise ValueError(
