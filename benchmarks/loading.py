@@ -23,7 +23,8 @@ from safetensors.numpy import save_file
 import lehr
 from lehr.checkpoints.tensors import shapes_of, torch_names
 from lehr.networks import convolution
-from lehr.networks.unet import UNet, UNetConfig
+from lehr.networks.unet import UNet
+from lehr.networks.unet_config import UNetConfig
 
 DIGITS = Path(__file__).parent.parent / "tests/checkpoints/data/digits8"
 BATCH, STEPS, REPEATS = 16, 20, 15

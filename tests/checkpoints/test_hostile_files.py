@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 import lehr
 from lehr.checkpoints.tensors import shapes_of, torch_names
-from lehr.networks.unet import UNet, UNetConfig
+from lehr.networks.unet import UNet
+from lehr.networks.unet_config import UNetConfig
 
 CONFIG = {
     "sample_size": 4,

@@ -5,22 +5,19 @@ import pickle
 import shutil
 import sys
 import types
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from flax import serialization
 from orbax.checkpoint import StandardCheckpointer
-from test_diffusers import RANDOM, compiled, same
+from stored import DATA, RANDOM, compiled, same
 
 import lehr
 from lehr.checkpoints.convert import convert
 from lehr.checkpoints.edm import read_edm
 from lehr.checkpoints.torch_file import read_torch
 from lehr.checkpoints.trees import read_tree
-
-DATA = Path(__file__).parent / "data"
 
 
 @pytest.mark.parametrize("name", ["zip", "legacy"])
