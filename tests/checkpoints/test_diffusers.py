@@ -1,6 +1,5 @@
 """Folders of diffusers: the same numbers as PyTorch's, from every layout that such folders have had."""
 
-import functools
 import json
 import shutil
 from pathlib import Path
@@ -11,19 +10,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from stored import DIGITS, RANDOM, compiled, same
 
 import lehr
 from lehr.checkpoints.scheduler import alphas_cumprod, read_noise
 from lehr.networks.embeddings import Positional
 
-DATA = Path(__file__).parent / "data"
-DIGITS, RANDOM = DATA / "digits8", DATA / "tiny-random"
 EPS = np.finfo(np.float32).eps
-
-
-def compiled(function, *arguments):
-    """``function`` for such ``arguments``, not optimised: compiling is what takes the time."""
-    return jax.jit(function).lower(*arguments).compile({"xla_backend_optimization_level": 0})
 
 
 def noise_and_gradient(p, x, steps, v):
@@ -92,17 +85,6 @@ def folder(tmp_path):
 
 def weights(folder):
     return folder / "unet/diffusion_pytorch_model.safetensors"
-
-
-@functools.cache
-def original():
-    return lehr.load(RANDOM)
-
-
-def same(p, atol=0.0):
-    """Whether ``p`` has the parameters of the stored model."""
-    for a, b in zip(jax.tree.leaves(p.network), jax.tree.leaves(original().network), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=atol)
 
 
 def edit(file, drop=(), **changes):

@@ -5,22 +5,19 @@ import pickle
 import shutil
 import sys
 import types
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from flax import serialization
 from orbax.checkpoint import StandardCheckpointer
-from test_diffusers import RANDOM, compiled, same
+from stored import DATA, RANDOM, compiled, same
 
 import lehr
 from lehr.checkpoints.convert import convert
 from lehr.checkpoints.edm import read_edm
 from lehr.checkpoints.torch_file import read_torch
 from lehr.checkpoints.trees import read_tree
-
-DATA = Path(__file__).parent / "data"
 
 
 @pytest.mark.parametrize("name", ["zip", "legacy"])
@@ -146,7 +143,8 @@ def edm(tmp_path, monkeypatch):
         for part in (module, module.split(".")[0]):
             monkeypatch.setitem(sys.modules, part, fake)
     tensor = Stored((DATA / "torch/storage.bin").read_bytes(), (2, 3))
-    inner = Meta("Net", {"_parameters": {"weight": tensor}, "_buffers": {}, "_modules": {}})
+    layer = Meta("Linear", {"_parameters": {"weight": tensor}, "_buffers": {"scale": tensor}, "_modules": {}})
+    inner = Meta("Net", {"_parameters": {}, "_modules": {"layer": layer}})
     state = {"_init_kwargs": {"img_channels": 3}, "sigma_data": 0.5, "_modules": {"model": inner}, "_parameters": {}}
     file = tmp_path / "network.pkl"
     file.write_bytes(pickle.dumps({"ema": Meta("EDMPrecond", state), "loss_fn": None}))
@@ -158,7 +156,9 @@ def test_an_edm_pickle_is_a_record_and_its_source_is_not_run(edm):
     assert (record.class_name, record.arguments, record.attributes["sigma_data"]) == (
         "EDMPrecond", {"img_channels": 3}, 0.5,
     )  # fmt: skip
-    np.testing.assert_array_equal(record.tensors["model.weight"], np.arange(6, dtype=np.float32).reshape(2, 3) / 2)
+    assert record.tensors.keys() == {"model.layer.weight", "model.layer.scale"}
+    for tensor in record.tensors.values():
+        np.testing.assert_array_equal(tensor, np.arange(6, dtype=np.float32).reshape(2, 3) / 2)
     with pytest.raises(lehr.CheckpointError, match="no network 'net'; there is ema, loss_fn"):
         read_edm(edm, "net")
 

@@ -9,8 +9,9 @@ from jax import lax
 
 from lehr.networks.convolution import convolve
 from lehr.networks.embeddings import Fourier, Learned, Positional
-from lehr.networks.unet import UNet, UNetConfig
+from lehr.networks.unet import UNet
 from lehr.networks.unet_blocks import Attention
+from lehr.networks.unet_config import UNetConfig
 
 EPS = np.finfo(np.float32).eps
 RNG = np.random.default_rng(0)

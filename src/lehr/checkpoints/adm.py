@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from lehr.checkpoints.errors import CheckpointError
-from lehr.networks.unet import UNetConfig
+from lehr.networks.unet_config import UNetConfig
 
 __all__ = ["is_adm", "translate_adm"]
 

@@ -22,7 +22,8 @@ from numpy.typing import ArrayLike
 from lehr.checkpoints.errors import CheckpointError
 from lehr.checkpoints.scheduler import read_noise
 from lehr.checkpoints.tensors import Tensors, fill, read_json, read_shards, read_tensors, shapes_of
-from lehr.networks.unet import UNet, UNetConfig
+from lehr.networks.unet import UNet
+from lehr.networks.unet_config import UNetConfig
 from lehr.potentials.score_network import ScoreNetwork
 
 __all__ = ["build_unet", "is_diffusers", "parse_config", "read_diffusers", "read_unet"]

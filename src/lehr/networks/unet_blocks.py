@@ -65,6 +65,13 @@ def normalise(norm: nnx.GroupNorm, x: jax.Array) -> jax.Array:
     return norm(x[None])[0]
 
 
+# Functions of the module, so that networks of one structure are equal.
+
+
+def _keep(x: jax.Array) -> jax.Array:
+    return x
+
+
 def _double(x: jax.Array) -> jax.Array:
     """Each pixel repeated 2 × 2 times."""
     height, width, channels = x.shape
@@ -100,7 +107,7 @@ class ResnetBlock(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.activate, self.rescale, self.scale_shift = ACTIVATIONS[common.activation], rescale, common.scale_shift
-        self.resample = {"down": _halve, "up": _double, None: lambda x: x}[resample]
+        self.resample = {"down": _halve, "up": _double, None: _keep}[resample]
         self.norm1 = group_norm(num_inputs, common.num_groups, common.epsilon, rngs)
         self.conv1 = Convolution(num_inputs, num_outputs, rngs=rngs)
         self.time_emb_proj = nnx.Linear(common.time_channels, num_outputs * (1 + common.scale_shift), rngs=rngs)
