@@ -43,7 +43,7 @@ def test_an_energy_learns_the_score_and_the_time_derivative_of_a_gaussian():
     concerns a level's neighbourhood, so that √(4/(500 · 256/10)) = .018 for each of some ten directions.
     """
     untrained = lehr.EnergyNetwork(network(), mean=MEAN, std=STD, sigma_range=(0.05, 10.0))
-    recipe = lehr.Recipe(num_steps=1500, batch_size=256, learning_rate=4e-3, ema_decay=0.998, bound_weight=0.0)
+    recipe = lehr.Recipe(num_steps=2500, batch_size=256, learning_rate=4e-3, ema_decay=0.998, bound_weight=0.0)
     trained = lehr.fit(untrained, sampler, jax.random.key(0), recipe)
     for sigma in (0.1, 0.4, 2.0):
         y = TRUTH.sample(jax.random.key(1), 0.0, (500,)) + sigma * jax.random.normal(jax.random.key(2), (500, 2))
