@@ -1,6 +1,8 @@
 # Every target makes the environment it needs; a second call installs nothing.
 PYTHON ?= python3
 VENV ?= .venv
+# Two at a time, a file to a process: compiling takes most of the time, and one core at a time.
+PYTEST = $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
 INSTALLED = $(VENV)/.installed
 
 .PHONY: demo test test-all test-seams lint format types notebooks bench clean
@@ -17,14 +19,14 @@ demo: $(INSTALLED)
 	$(VENV)/bin/lehr demo
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(INSTALLED)
-	$(VENV)/bin/python -m pytest
+	$(PYTEST)
 
 # Where this package meets ArviZ, NumPyro and BlackJAX: run on every Python that is supported.
 test-seams: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -m "seam and not slow"
+	$(PYTEST) -m "seam and not slow"
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

@@ -21,8 +21,10 @@ from lehr.kernels import GHMC, HMC, MALA, MCLMC, NUTS, UHMC, ULA, Barker, Kernel
 from lehr.likelihood import LogLikelihood, log_likelihood
 from lehr.potentials.analytic import ExactPotential, Gaussian, GaussianMixture, Uniform
 from lehr.potentials.base import EnergyPotential, Potential, ScorePotential
+from lehr.potentials.contrast import Contrast
+from lehr.potentials.mixture import Mixture
 from lehr.potentials.network import EnergyNetwork
-from lehr.potentials.operators import Contrast, Mixture, Power, Product
+from lehr.potentials.product import Power, Product
 from lehr.potentials.region import Region
 from lehr.potentials.reschedule import with_schedule
 from lehr.potentials.score_network import ScoreNetwork

@@ -13,7 +13,7 @@ from lehr.zoo.targets import TARGETS, target
 
 def test_every_target_is_shipped_with_a_card_that_says_what_it_is():
     cards = lehr.zoo()
-    assert set(cards) == {*TARGETS, *IMAGES}
+    assert set(TARGETS) <= set(cards) <= {*TARGETS, *IMAGES}
     for name in TARGETS:
         card = cards[name]
         assert card["title"] == target(name).title

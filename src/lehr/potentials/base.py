@@ -35,6 +35,7 @@ __all__ = [
     "Potential",
     "ScorePotential",
     "check_event_shapes",
+    "check_finite",
     "check_positive",
     "check_time",
     "concrete",
@@ -142,17 +143,17 @@ class Potential(eqx.Module):
     # Composition; the operators are defined over potentials, so they are imported when used.
 
     def __mul__(self, other: Any) -> "Potential":
-        from lehr.potentials.operators import Product
+        from lehr.potentials.product import Product
 
         return Product([self, other]) if isinstance(other, Potential) else NotImplemented
 
     def __truediv__(self, other: Any) -> "Potential":
-        from lehr.potentials.operators import Product
+        from lehr.potentials.product import Product
 
         return Product([self, other], [1.0, -1.0]) if isinstance(other, Potential) else NotImplemented
 
     def __pow__(self, exponent: ArrayLike) -> "Potential":
-        from lehr.potentials.operators import Power
+        from lehr.potentials.product import Power
 
         return Power(self, exponent)
 
@@ -235,3 +236,10 @@ def check_event_shapes(potentials: Sequence[Potential], operator: str) -> tuple[
         listed = ", ".join(f"{type(p).__name__} {s}" for p, s in zip(potentials, shapes, strict=True))
         raise ValueError(f"{operator} needs members of one event shape; got {listed}.")
     return shapes[0]
+
+
+def check_finite(name: str, value: jax.Array) -> None:
+    """Raise a ValueError if a value that is known holds NaN or infinities."""
+    known = concrete(value)
+    if known is not None and not np.all(np.isfinite(known)):
+        raise ValueError(f"{name} must be finite; got {known}.")

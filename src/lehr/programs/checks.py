@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lehr.potentials.operators import members
+from lehr.potentials.product import members
 from lehr.programs.dependence import connected
 from lehr.programs.diffusion import Diffusion, base, diffusions
 from lehr.programs.reading import is_energy

@@ -43,7 +43,7 @@ from jax.scipy.stats import norm
 from numpy.typing import ArrayLike
 
 from lehr.potentials.base import Potential
-from lehr.potentials.operators import factors
+from lehr.potentials.product import factors
 from lehr.predictions import TINY
 from lehr.programs.diffusion import Diffusion, diffusions, map_diffusions
 from lehr.programs.path import Path, Position, total_log_prob

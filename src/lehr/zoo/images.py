@@ -18,7 +18,9 @@ __all__ = ["IMAGES"]
 LEARN = Recipe(
     num_steps=7000, batch_size=256, weighting="likelihood", time_weight=0.3, bound_weight=0.0, weight_decay=0.1
 )
-CALIBRATE = dataclasses.replace(LEARN, num_steps=1500, batch_size=512, learning_rate=5e-4, time_weight=2.0)
+CALIBRATE = dataclasses.replace(
+    LEARN, num_steps=3000, batch_size=512, learning_rate=5e-4, time_weight=2.0, weight_decay=0.0, label_dropout=0.4
+)
 
 IMAGES: dict[str, Making] = {
     "digits": Making(
