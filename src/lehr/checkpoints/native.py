@@ -105,7 +105,9 @@ def save(
 
 
 def _energy(potential: EnergyNetwork) -> dict[str, Any]:
-    return {
+    known = potential.log_normalizer
+    measured = {} if known is None else {"log_normalizer": np.asarray(known).round(4).tolist()}
+    return measured | {
         "kind": "energy",
         "base": type(potential.base).__name__,
         "head": potential.head,
@@ -206,6 +208,7 @@ def _build(card: dict[str, Any], tensors: dict[str, np.ndarray]) -> EnergyNetwor
         head=card["head"],
         sigma_range=tuple(card["sigma_range"]),
         calibrated=card["calibrated"],
+        log_normalizer=card.get("log_normalizer"),
         **scales,
     )
 

@@ -11,7 +11,9 @@ Gaussian for each class. The prefactor makes F of order one everywhere: near the
 density grows like 1/σ, and far into the noise the third cumulant, the first that a Gaussian
 lacks, decays like (α s/σ)³. The density therefore ends, at t = 1, in one whose constant is
 known; if the time derivative is trained too (:mod:`lehr.training.dual`), the energy comes
-out normalised. c is clipped to the range that was trained.
+out normalised. c is clipped to the range that was trained. What is then still wrong with its
+normaliser is a function of the noise level only, log Z(c), and can be measured and taken away
+(:mod:`lehr.training.normalise`): ``log_normalizer`` holds it at levels uniform in c.
 
 **Classes.** One network holds p(x | label) for K labels and, under the null label K, p(x).
 :meth:`EnergyNetwork.given` fixes the label, a traceable integer.
@@ -72,9 +74,12 @@ class EnergyNetwork(EnergyPotential):
         sigma_range: the trained range of σ/α, which c is clipped to.
         num_classes: K, of a class-conditional network; by default what the network itself says, or 0.
         calibrated: whether the time derivative was trained too, so that c(t) = 0.
+        log_normalizer: log Z at L ≥ 2 values of log σ/α, uniform over ``sigma_range`` and rising, shape (L,), or
+            (K + 1, L) for a network with classes; it is subtracted, interpolated linearly. Zero if left out.
 
     Raises:
-        ValueError: for an unknown head, scales that are not positive, or a base of another size.
+        ValueError: for an unknown head, scales that are not positive, a base of another size, or a
+            ``log_normalizer`` that does not fit the classes.
     """
 
     network: Network
@@ -83,6 +88,7 @@ class EnergyNetwork(EnergyPotential):
     std: jax.Array
     feature_scale: jax.Array
     label: jax.Array | None
+    log_normalizer: jax.Array | None
     schedule: Schedule = eqx.field(static=True)
     event_shape: tuple[int, ...] = eqx.field(static=True)
     head: str = eqx.field(static=True)
@@ -104,6 +110,7 @@ class EnergyNetwork(EnergyPotential):
         sigma_range: tuple[float, float] = (2e-3, 20.0),
         num_classes: int | None = None,
         calibrated: bool = False,
+        log_normalizer: ArrayLike | None = None,
     ) -> None:
         if head not in HEADS:
             raise ValueError(f"unknown energy head {head!r}; expected one of {', '.join(HEADS)}.")
@@ -132,6 +139,15 @@ class EnergyNetwork(EnergyPotential):
             )
         self.base = base.reschedule(self.schedule)
         self.label = None if self.num_classes == 0 else jnp.asarray(self.num_classes)
+        self.log_normalizer = None if log_normalizer is None else jnp.asarray(log_normalizer, float)
+        if self.log_normalizer is not None:
+            rows, levels = self.log_normalizer.shape[:-1], self.log_normalizer.shape[-1:]
+            expected = (self.num_classes + 1,) if self.num_classes else ()
+            if rows != expected or levels < (2,):
+                raise ValueError(
+                    f"log_normalizer must have shape {(*expected, 'L')} with L >= 2 levels; got "
+                    f"{self.log_normalizer.shape}."
+                )
         self.head = head
         self.sigma_range = (float(sigma_range[0]), float(sigma_range[1]))
         self.calibrated = calibrated
@@ -159,7 +175,7 @@ class EnergyNetwork(EnergyPotential):
         """
         z, root, sigma = self._standardised(x, alpha, sigma)
         exact = self._base().log_density_at(x.ravel(), alpha, sigma)
-        return exact - self._prefactor(alpha, sigma, root) * self._residual(z, alpha, sigma)
+        return exact - self._prefactor(alpha, sigma, root) * self._residual(z, alpha, sigma) - self._log_z(alpha, sigma)
 
     def moments(self, t: ArrayLike) -> Moments:
         return jax.tree.map(lambda m: m.reshape(self.event_shape), self._base().moments(t))
@@ -199,6 +215,13 @@ class EnergyNetwork(EnergyPotential):
         sigma = jnp.maximum(sigma, alpha * self.sigma_range[0])
         root = jnp.hypot(alpha * self.std, sigma)
         return (x - alpha * self.mean) / root, root, sigma
+
+    def _log_z(self, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
+        if self.log_normalizer is None:
+            return jnp.zeros(())
+        known = self.log_normalizer if self.label is None else self.log_normalizer[self.label]
+        low, high = (math.log(s) for s in self.sigma_range)
+        return jnp.interp(jnp.log(sigma / alpha), jnp.linspace(low, high, known.size), known)
 
     def _prefactor(self, alpha: jax.Array, sigma: jax.Array, root: jax.Array) -> jax.Array:
         return alpha * self.std / sigma * (alpha * self.std / root) ** 2

@@ -1,4 +1,4 @@
-"""From data to a checkpoint: train, store, measure what was stored, and write that on the card."""
+"""From data to a checkpoint: train, store, normalise and measure what was stored, and write that on the card."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from lehr.training.data import DataSet
 from lehr.training.dual import Losses
 from lehr.training.evaluate import calibration, held_out_losses
 from lehr.training.fit import Recipe, fit
+from lehr.training.normalise import normalise
 from lehr.training.start import suitable_network, untrained_energy, untrained_score
 
 __all__ = ["Making", "produce"]
@@ -63,7 +64,8 @@ def produce(
         on_chunk: progress, see :func:`lehr.fit`.
 
     Returns:
-        The path of the weights. The figures on the card are those of the weights as stored.
+        The path of the weights. The figures on the card, and a calibrated energy's normaliser, are those of the
+        weights as stored.
     """
     recipes = making.recipes
     if making.kind == "score":  # of all classes together; an energy knows its own range
@@ -85,7 +87,10 @@ def produce(
         "seed": seed,
     }
     path = save(potential, Path(folder) / name, dtype="float16", **about)
-    return save(potential, path, dtype="float16", **about, **_measured(read_checkpoint(path), making, data, seed))
+    stored = read_checkpoint(path)
+    if isinstance(stored, EnergyNetwork) and stored.is_calibrated:
+        stored = normalise(stored, data.events, data.labels, rng_key=jax.random.key(seed + 2))
+    return save(stored, path, dtype="float16", **about, **_measured(stored, making, data, seed))
 
 
 def _untrained(making: Making, data: DataSet, seed: int) -> Any:
