@@ -38,6 +38,7 @@ def test_convert_writes_a_folder_that_loads(tmp_path):
     assert lehr.load(tmp_path / "model").num_classes == 10
 
 
+@pytest.mark.slow
 def test_train_makes_a_model_of_a_file_of_events(tmp_path):
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "mine.npz", events=rng.normal(size=(40, 3)), labels=np.repeat([0, 1], 20))

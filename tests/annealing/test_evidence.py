@@ -22,6 +22,7 @@ def looking(prior, operator):
     return lehr.AnnealedSMC(model, ladder=20, num_particles=500, progress=False)
 
 
+@pytest.mark.slow
 def test_a_products_own_normaliser_is_taken_away():
     # x under P·Q is N(.8, .2) in each coordinate
     want = stats.norm(0.8, np.sqrt(0.2 + S**2)).logpdf(Y).sum()
@@ -34,6 +35,7 @@ def test_a_products_own_normaliser_is_taken_away():
     assert 0.001 < found.standard_error < 0.2
 
 
+@pytest.mark.slow
 def test_one_normalised_model_needs_no_second_integral_and_two_operators_compare():
     turned = np.array([[0.0, 1.0], [1.0, 0.0]])
     prior = lehr.Gaussian(jnp.array([1.0, -1.0]), 0.4, SCHEDULE)

@@ -146,6 +146,7 @@ def test_given_steps_are_the_steps_that_are_taken(piloted):
     np.testing.assert_allclose(run.tuning.scale, 0.7, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_in_many_dimensions_masses_and_evidence_come_out_by_default():
     d, seeds, probs = 64, 4, np.array([0.1, 0.2, 0.3, 0.4])
     locs = np.kron(np.eye(4), np.ones(d // 4))  # 5.7 apart, with modes of std .15
@@ -168,6 +169,7 @@ def test_in_many_dimensions_masses_and_evidence_come_out_by_default():
 # Levels by conditional sample size
 
 
+@pytest.mark.slow
 def test_more_levels_for_more_of_the_particles_and_all_lead_to_the_end():
     sizes = []
     for ess in (0.8, 0.95):

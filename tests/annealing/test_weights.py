@@ -156,6 +156,7 @@ def observed(potential, scale):
     return model
 
 
+@pytest.mark.slow
 def test_a_score_with_a_likelihood_gets_its_posterior_with_nothing_asked_for():
     y = np.array([1.0, -1.0])
     run = lehr.AnnealedSMC(observed(score_of(P), 0.6), num_particles=N, progress=False).run(0, y=jnp.asarray(y))

@@ -173,6 +173,7 @@ def test_a_card_that_lacks_entries_says_which(saved):
         lehr.load(path)
 
 
+@pytest.mark.slow
 def test_a_shipped_model_loads_and_runs_in_double_precision_too():
     program = """
 import jax.numpy as jnp, lehr

@@ -27,7 +27,9 @@ TARGETS = {
 }
 
 
-@pytest.mark.parametrize("kernel", [lehr.HMC(), lehr.MALA()], ids=["HMC", "MALA"])
+@pytest.mark.parametrize(
+    "kernel", [pytest.param(lehr.HMC(), id="HMC"), pytest.param(lehr.MALA(), id="MALA", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", TARGETS)
 def test_annealed_chains_end_at_the_product(name, kernel):
     make, variance = TARGETS[name]

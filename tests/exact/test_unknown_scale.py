@@ -39,6 +39,7 @@ def truth():
     }
 
 
+@pytest.mark.slow
 def test_z_scores_over_fifty_keys_are_standard_normal(truth):
     n = 200
     mcmc = lehr.AnnealedMCMC(model, ladder=32, num_steps=4, num_chains=n, num_samples=1, thinning=24, progress=False)

@@ -45,6 +45,7 @@ def masses(first, second, probs, in_first):
     return np.mean(share)
 
 
+@pytest.mark.slow
 def test_a_mixture_of_trained_bars_has_the_masses_it_was_given():
     assert masses("left_bar", "right_bar", [0.3, 0.7], lambda x: x[:, 0] < 0) == pytest.approx(0.3, abs=0.05)
 
@@ -53,6 +54,7 @@ def test_a_mixture_of_trained_corners_has_the_masses_it_was_given():
     assert masses("corners_up", "corners_down", [0.3, 0.7], lambda x: x[:, 1] > 0) == pytest.approx(0.3, abs=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.seam
 def test_stock_blackjax_samples_a_shipped_model_at_a_fixed_level():
     import blackjax

@@ -96,6 +96,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow
 def test_a_predicted_variance_is_not_read():
     level = {"block_out_channels": (4,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
     one, both = (UNet(UNetConfig(**SMALL | level, out_channels=n), rngs=nnx.Rngs(0)) for n in (3, 6))

@@ -110,6 +110,7 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(untrained, whol
             fit(key, recipe)
 
 
+@pytest.mark.slow
 def test_what_comes_back_is_the_average_of_the_weights(untrained, whole):
     """With δ = 0 it is the last weights; the average lags behind them, by little on so short a way."""
     last = lehr.fit(untrained, sampler, jax.random.key(0), dataclasses.replace(RECIPE, ema_decay=0.0), chunk=10)

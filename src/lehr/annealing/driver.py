@@ -10,6 +10,7 @@ import contextlib
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -28,6 +29,7 @@ from lehr.annealing.tuning import SHORT_SHARE, Tuning, smooth
 from lehr.annealing.weights import Weights, follow_path
 from lehr.kernels import HMC, Kernel
 from lehr.potentials.base import Potential
+from lehr.programs.closure import Constants, Structure, close
 from lehr.programs.path import Path
 from lehr.programs.reverse import evaluations
 
@@ -132,7 +134,7 @@ class Driver:
         path = self._checked(path, kernel, weights)
         ladder = self.ladder
         if not isinstance(ladder, Ladder):
-            t_min = clean_end(path.schedule, _finest(path)) if t_min is None else t_min
+            t_min = clean_end(path.schedule, float(_finest(*close(path)))) if t_min is None else t_min
             ladder = Ladder.log_snr(path.schedule, ladder, t_min=t_min)
         path = path.ending_at(np.asarray(ladder.times)[-1])
         plan = self._plan(path, kernel, weights)
@@ -252,15 +254,12 @@ class Driver:
         )
 
 
-def _finest(path: Path) -> Callable[[jax.Array], float]:
-    """The narrowest width of a path, as a function of the level."""
-    position = path.init(jax.random.key(0))
-
-    def finest(t: jax.Array) -> float:
-        widths = path.widths(position, t)
-        return min(float(jnp.min(widths[name])) for name in path.diffusion_sites)
-
-    return finest
+@partial(jax.jit, static_argnames="structure")
+def _finest(structure: Structure, constants: Constants) -> jax.Array:
+    """The narrowest width of x at the clean end."""
+    position = structure.init(constants, jax.random.key(0), jnp.ones(()))
+    widths = structure.widths(constants, position, jnp.zeros(()))
+    return jnp.min(jnp.stack([jnp.min(widths[name]) for name in structure.diffusion_sites]))
 
 
 def _can_tune(path: Path, kernel: Kernel) -> bool:

@@ -8,7 +8,6 @@ at σ = .025 turns modes of standard deviation .030 into .039.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import jax
@@ -143,9 +142,8 @@ class Ladder:
         return f"Ladder({len(self)} levels, t = {float(self.times[0]):.4g} … {float(self.times[-1]):.4g})"
 
 
-def clean_end(schedule: Schedule, width: Callable[[jax.Array], float]) -> float:
+def clean_end(schedule: Schedule, finest: float) -> float:
     """Where the blur is a tenth of the finest feature."""
-    finest = width(jnp.zeros(()))
     return max(float(schedule.time(-2 * np.log(FINEST_SHARE * finest))), 1e-5)
 
 
