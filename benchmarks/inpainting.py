@@ -3,7 +3,9 @@
 The lower half of each digit is hidden, the upper half seen through noise of a size that the sampler must find out.
 Truth is what the model's samples are: the digit under the noise at which the ladder ends. Coverage: over all hidden
 pixels, and over those that the posterior is unsure of (standard deviation above twice that noise). Error: of the
-posterior mean, root mean square. Beside it plain reverse diffusion with the likelihood's gradient, told the noise.
+posterior mean, root mean square. Particles are weighed by the model's own reverse kernels, and the likelihood grows on
+the way down, since its noise is not known at the top. Beside it plain reverse diffusion with the likelihood's
+gradient, told the noise.
 `python benchmarks/inpainting.py [digits]`
 """
 
@@ -35,10 +37,18 @@ def model(y, noise=None):
 
 
 def samplers():
-    down = ladder(DIGITS, 60)
-    guided = lehr.Path(model, lehr.guidance.MomentMatching())
     return {
-        "AnnealedSMC": (lehr.AnnealedSMC(guided, ladder=down, num_particles=DRAWS, progress=False), ()),
+        "AnnealedSMC": (
+            lehr.AnnealedSMC(
+                lehr.Path(model, lehr.guidance.Annealed()),
+                ladder=ladder(DIGITS, 60),
+                num_steps=1,
+                num_particles=DRAWS,
+                weights="path",
+                progress=False,
+            ),
+            (),
+        ),
         "Reverse, told the noise": (
             lehr.Reverse(model, num_levels=ladder(DIGITS, 240), num_samples=DRAWS, progress=False),
             (NOISE,),

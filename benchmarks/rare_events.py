@@ -3,7 +3,7 @@
 The event is a likelihood: a logistic step of width S at the threshold, whose excess over the true step is weighed
 away at the end. On the way down it reads the probability of the event given x_t, by a guidance strategy of six
 lines. Ratio: estimated over exact probability; CV: its standard deviation over seeds. The budget is 100,000
-gradient evaluations a run; one ladder, placed before by conditional ESS, serves all seeds.
+gradient evaluations a run, by energies on a ladder placed before by conditional ESS, by scores on a uniform one.
 `python benchmarks/rare_events.py [seeds]`
 """
 
@@ -37,10 +37,8 @@ COVARIANCES = np.array(
 PRIOR = lehr.GaussianMixture(LOCS, np.linalg.cholesky(COVARIANCES), MASSES, lehr.VPLinear())
 S = 0.05
 SCORES = {"metropolis": "line-integral", "integrate_energies": True}
-SETTINGS = {
-    "energies": {"kernel": lehr.HMC(2), "ess": 0.8, "num_particles": 2100, "weights": "energy"},
-    "scores": {"kernel": lehr.MALA(**SCORES), "ess": 0.7, "num_particles": 1000, "weights": "path"},
-}
+BUDGET = 100_000
+UP, DOWN = 0.85, 0.003  # the first and the last level
 
 
 class Step(dist.Distribution):
@@ -61,7 +59,7 @@ class Step(dist.Distribution):
 class Crossing(Guidance):
     """The step as it looks through a Gaussian posterior of x₀: wider by the posterior's spread."""
 
-    variance: float = 8.0
+    variance: float = 12.0
 
     def log_prob(self, noisy):
         spread = self.variance * (1 - noisy.share) / (1 - noisy.share + noisy.share * self.variance)
@@ -82,43 +80,42 @@ def probability(run, threshold):
     return np.exp(run.log_evidence) * np.sum(np.exp(run.log_weights) * excess)
 
 
+def by_energies(path, threshold):
+    """HMC on a ladder placed by conditional ESS, with its options for a given number of particles."""
+    kernel = lehr.HMC(2)
+    ladder = lehr.Ladder.adaptive(
+        path(threshold), 0.87, kernel=kernel, weights="energy", num_steps=1, num_particles=512, t_min=DOWN, t_max=UP
+    )
+    return {"kernel": kernel, "ladder": ladder, "num_steps": 1, "weights": "energy", "pilot": 32}
+
+
+def by_scores(path, threshold):
+    """The reverse kernels alone, with no transitions beside them."""
+    ladder = lehr.Ladder.log_snr(PRIOR.schedule, 20, t_min=DOWN, t_max=UP)
+    return {"ladder": ladder, "num_steps": 0, "weights": "path"}
+
+
 def main(seeds=24):
     rows, results = [], {}
-    for name, how in SETTINGS.items():
+    for name, how in (("energies", by_energies), ("scores", by_scores)):
         for threshold in (7.0, 8.0, 9.0, 10.0):
             tail = stats.norm.sf(threshold, LOCS[:, 0], np.sqrt(COVARIANCES[:, 0, 0]))
             exact = float(MASSES @ tail)
             path = lehr.Path(model, guidance={"event": Crossing()})
-            kernel, ess, weights = how["kernel"], how["ess"], how["weights"]
-            ladder = lehr.Ladder.adaptive(
-                path(threshold),
-                ess,
-                kernel=kernel,
-                weights=weights,
-                num_steps=1,
-                num_particles=512,
-                t_min=0.003,
-                t_max=0.85,
-            )
-            smc = lehr.AnnealedSMC(
-                path, kernel, ladder, 1, num_particles=how["num_particles"], weights=weights, pilot=32, progress=False
-            )
+            options = how(path, threshold)
+            trial = lehr.AnnealedSMC(path, num_particles=2000, progress=False, **options).run(0, threshold)
+            n = int(BUDGET / trial.attrs["evaluations_per_chain"])
+            smc = lehr.AnnealedSMC(path, num_particles=n, progress=False, **options)
             runs = [smc.run(seed, threshold) for seed in range(seeds)]
             ratios = np.array([probability(run, threshold) for run in runs]) / exact
             error, cv = ratios.std(ddof=1) / np.sqrt(seeds), ratios.std(ddof=1) / ratios.mean()
-            made = runs[0].attrs["evaluations_per_chain"] * how["num_particles"]
+            made = runs[0].attrs["evaluations_per_chain"] * n
             results[f"{name} {threshold:g}"] = {"ratio": ratios.tolist(), "cv": cv, "evaluations": made}
-            row = (
-                name,
-                f"{threshold:g}",
-                f"{exact:.3e}",
-                len(ladder),
-                f"{made:.0f}",
-                f"{ratios.mean():.3f} ± {error:.3f}",
-            )
-            rows.append((*row, f"{cv:.3f}"))
+            levels = runs[0].attrs["num_levels"]
+            row = (name, f"{threshold:g}", f"{exact:.3e}", levels, n, f"{made:.0f}")
+            rows.append((*row, f"{ratios.mean():.3f} ± {error:.3f}", f"{cv:.3f}"))
             print(*rows[-1], sep="  ", flush=True)
-    columns = ("from", "threshold", "exact", "levels", "evaluations", "ratio", "CV")
+    columns = ("from", "threshold", "exact", "levels", "particles", "evaluations", "ratio", "CV")
     report("rare_events", f"Rare events, {seeds} seeds", columns, rows, results)
 
 

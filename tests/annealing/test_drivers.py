@@ -22,7 +22,6 @@ SCORE = normal_score()
     [
         ({"ladder": 0}, "ladder"),
         ({"ladder": 2.5}, "ladder"),
-        ({"num_steps": 0}, "num_steps"),
         ({"num_steps": -1}, "num_steps"),
         ({"num_warmup": -1}, "num_warmup"),
     ],
@@ -32,10 +31,17 @@ def test_counts_that_make_no_sense_are_refused(driver, arguments, message):
         driver(NORMAL, **arguments)
 
 
-@pytest.mark.parametrize("arguments", [{"num_chains": 0}, {"num_samples": 0}, {"thinning": 0}, {"num_chains": -3}])
+@pytest.mark.parametrize(
+    "arguments", [{"num_chains": 0}, {"num_samples": 0}, {"thinning": 0}, {"num_chains": -3}, {"num_steps": 0}]
+)
 def test_chains_need_positive_counts(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         lehr.AnnealedMCMC(NORMAL, **arguments)
+
+
+def test_particles_that_nothing_would_move_are_refused():
+    with pytest.raises(ValueError, match="only path weights come with moves of their own"):
+        lehr.AnnealedSMC(NORMAL, num_steps=0).run(0)
 
 
 @pytest.mark.parametrize("arguments", [{"num_particles": 1}, {"threshold": 1.5}, {"threshold": -0.1}])

@@ -124,9 +124,18 @@ def both():
     return lehr.AnnealedSMC(P * Q, weights="both", **RUN).run(0)
 
 
-@pytest.mark.parametrize("options", [{"predictor": "ancestral"}, {"predictor": None}, {"weights": "path"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"predictor": "ancestral"},
+        {"predictor": None},
+        {"weights": "path"},
+        {"weights": "path", "num_steps": 0, "num_warmup": 0},
+    ],
+    ids=str,
+)
 def test_all_weights_give_the_evidence_and_the_moments_of_a_product(options):
-    agrees(lehr.AnnealedSMC(P * Q, **options, **RUN).run(0))
+    agrees(lehr.AnnealedSMC(P * Q, **RUN | options).run(0))
 
 
 def test_so_do_both_at_once_and_of_exact_energies_there_is_no_gap(both):

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lehr.annealing.driver import PILOT_CHAINS
 from lehr.annealing.drivers import AnnealedSMC
 from lehr.annealing.entry import Entry, conditional_ess, target_at
 from lehr.annealing.keys import as_key
@@ -144,4 +145,5 @@ def _settle(
     chains, log_step, _ = move(
         keys[2], particles.chains, target, log_step, inverse_mass, plan.num_warmup, plan.num_steps
     )
-    return particles._replace(chains=chains), log_step, curvature(jax.vmap(plan.kernel.gradient)(chains)), variance
+    few = jax.tree.map(lambda leaf: leaf[:PILOT_CHAINS], chains)  # what a run's own pilot will know, and no more
+    return particles._replace(chains=chains), log_step, curvature(jax.vmap(plan.kernel.gradient)(few)), variance

@@ -79,7 +79,7 @@ class Driver:
             check_count("ladder (a number of levels)", ladder)
         check_count("num_warmup", num_warmup, least=0)
         if pilot is None:
-            pilot = PILOT_CHAINS if num_warmup == 0 and tuning is None else 0
+            pilot = PILOT_CHAINS if num_steps and num_warmup == 0 and tuning is None else 0
         check_count("pilot (a number of chains)", pilot, least=0)
         if sum((pilot > 0, num_warmup > 0, tuning is not None)) > 1:
             raise ValueError(

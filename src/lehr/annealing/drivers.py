@@ -94,7 +94,8 @@ class AnnealedSMC(Driver):
         kernel: how particles move at a level, with a Metropolis test: by default :class:`~lehr.HMC`,
             with line integrals where a factor is known through its score only.
         ladder: a :class:`~lehr.Ladder`, or a number of levels, as for :class:`AnnealedMCMC`.
-        num_steps: transitions at each level, at a fixed step size.
+        num_steps: transitions at each level, at a fixed step size; with path weights it may be 0, and the models'
+            reverse kernels are then all that moves x (a twisted diffusion sampler).
         num_warmup: transitions at each level before those, which tune the step size, in place of a pilot.
         num_particles: N.
         threshold: resample where the effective sample size falls below this share of N.
@@ -117,6 +118,7 @@ class AnnealedSMC(Driver):
     References:
         Del Moral, Doucet & Jasra, Sequential Monte Carlo samplers, JRSS B 2006.
         Skreta et al., Feynman-Kac correctors in diffusion, ICML 2025 (weights of scores).
+        Wu et al., Practical and asymptotically exact conditional sampling in diffusion models, NeurIPS 2023.
     """
 
     def __init__(
@@ -135,7 +137,7 @@ class AnnealedSMC(Driver):
         tuning: Tuning | None = None,
         progress: bool = True,
     ) -> None:
-        check_count("num_steps", num_steps)
+        check_count("num_steps", num_steps, least=0)
         check_count("num_particles", num_particles, least=2)
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold is a share of the particles, between 0 and 1; got {threshold!r}.")
@@ -171,6 +173,11 @@ class AnnealedSMC(Driver):
 
     def _checked(self, path: Path, kernel: Kernel, weights: Weights | None) -> Path:
         if weights != "path":
+            if not self.num_steps:
+                raise ValueError(
+                    f'num_steps=0 with weights="{weights}" leaves particles where they are: only path weights come '
+                    "with moves of their own. Give num_steps >= 1."
+                )
             path.refuse_scores(f'AnnealedSMC(weights="{weights}")')
             if kernel.integrates_score:
                 raise ValueError(
