@@ -40,7 +40,7 @@ types: $(INSTALLED)
 	$(VENV)/bin/mypy
 
 notebooks: $(INSTALLED)
-	$(VENV)/bin/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+	XLA_FLAGS=--xla_cpu_multi_thread_eigen=false $(VENV)/bin/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 
 bench: $(INSTALLED)
 	for script in benchmarks/*.py; do $(VENV)/bin/python $$script || exit 1; done

@@ -9,6 +9,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# XLA's pool of threads for matrix products on CPU has been seen to stand still for ever (docs/libraries.md).
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # ArviZ 0.x announces its successor when it is first imported

@@ -101,7 +101,8 @@ class MomentMatching(Guidance):
         """−½ rᵀ (Σ + M)⁻¹ r − ½ log |Σ + M|, M held still and kept positive."""
         matrix = jax.lax.stop_gradient(jax.vmap(spread)(jnp.eye(away.size)))
         values, vectors = jnp.linalg.eigh((matrix + matrix.T) / 2)
-        matrix = (vectors * jnp.maximum(values, 0.0)) @ vectors.T
+        # not by @, whose batches XLA gives to a pool of threads on CPU, which now and then never returns
+        matrix = jnp.sum(vectors[:, None] * vectors * jnp.maximum(values, 0.0), -1)
         root = jnp.linalg.cholesky(matrix + jnp.diag(variance))
         whitened = jax.scipy.linalg.solve_triangular(root, away, lower=True)
         return -jnp.sum(whitened**2) / 2 - jnp.sum(jnp.log(jnp.diagonal(root)))
