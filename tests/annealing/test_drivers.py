@@ -12,7 +12,7 @@ from stand_ins import normal_score
 import lehr
 
 NORMAL = lehr.Gaussian(jnp.zeros(2), 1.0)
-SMALL = {"ladder": 4, "num_steps": 1, "progress": False}
+SMALL = {"ladder": 4, "num_warmup": 1, "num_steps": 1, "progress": False}
 SCORE = normal_score()
 
 
@@ -155,7 +155,7 @@ def test_resampling_sets_weights_back_and_keeps_the_mean():
         x = numpyro.sample("x", lehr.Diffusion(NORMAL))
         numpyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=y)
 
-    smc = lehr.AnnealedSMC(model, ladder=12, num_particles=4000, threshold=1.0, progress=False)
+    smc = lehr.AnnealedSMC(model, ladder=12, num_warmup=1, num_particles=4000, threshold=1.0, progress=False)
     run = smc.run(0, y=jnp.array([1.0, -1.0]))
     assert run.levels["resampled"].all()
     np.testing.assert_allclose(run.get_samples()["x"].mean(0), [0.5, -0.5], atol=4 * np.sqrt(0.5 / 1000))

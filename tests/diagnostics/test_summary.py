@@ -44,7 +44,7 @@ def text(run):
 
 @pytest.fixture(scope="module")
 def run(ring, bar):
-    return lehr.AnnealedSMC(ring * bar, lehr.HMC(2), ladder=6, num_particles=64, progress=False).run(0)
+    return lehr.AnnealedSMC(ring * bar, lehr.HMC(2), 6, num_warmup=1, num_particles=64, progress=False).run(0)
 
 
 def test_the_summary_says_what_was_sampled_and_what_the_evidence_means(run):
@@ -57,7 +57,7 @@ def test_the_summary_says_what_was_sampled_and_what_the_evidence_means(run):
 
 def test_the_summary_says_when_normalisers_are_unknown(ring):
     unknown = lehr.EnergyNetwork(Flat(), event_shape=(2,))
-    run = lehr.AnnealedSMC(ring * unknown, ladder=2, num_particles=8, progress=False).run(0)
+    run = lehr.AnnealedSMC(ring * unknown, ladder=2, num_warmup=1, num_particles=8, progress=False).run(0)
     assert "relative to the unknown normalisers" in text(run)
 
 

@@ -25,12 +25,14 @@ def model(y):
 
 @pytest.fixture(scope="module")
 def smc():
-    return lehr.AnnealedSMC(model, ladder=5, num_particles=40, progress=False).run(0, y=jnp.array([1.0, 2.0]))
+    return lehr.AnnealedSMC(model, ladder=5, num_warmup=1, num_particles=40, progress=False).run(
+        0, y=jnp.array([1.0, 2.0])
+    )
 
 
 @pytest.fixture(scope="module")
 def mcmc():
-    mcmc = lehr.AnnealedMCMC(model, ladder=5, num_chains=3, num_samples=7, progress=False)
+    mcmc = lehr.AnnealedMCMC(model, ladder=5, num_warmup=1, num_chains=3, num_samples=7, progress=False)
     return mcmc.run(0, y=jnp.array([1.0, 2.0]))
 
 

@@ -27,10 +27,13 @@ TARGETS = {
 }
 
 
+FEW = ("N(0,1)^2", "crossed / 1.1")  # the others take the same programs again
+
+
 @pytest.mark.parametrize(
     "kernel", [pytest.param(lehr.HMC(), id="HMC"), pytest.param(lehr.MALA(), id="MALA", marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in TARGETS])
 def test_annealed_chains_end_at_the_product(name, kernel):
     make, variance = TARGETS[name]
     mcmc = lehr.AnnealedMCMC(make(), kernel, ladder=16, num_steps=8, num_chains=N, num_samples=1, progress=False)

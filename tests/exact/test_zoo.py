@@ -50,6 +50,7 @@ def test_a_mixture_of_trained_bars_has_the_masses_it_was_given():
     assert masses("left_bar", "right_bar", [0.3, 0.7], lambda x: x[:, 0] < 0) == pytest.approx(0.3, abs=0.05)
 
 
+@pytest.mark.slow
 def test_a_mixture_of_trained_corners_has_the_masses_it_was_given():
     assert masses("corners_up", "corners_down", [0.3, 0.7], lambda x: x[:, 1] > 0) == pytest.approx(0.3, abs=0.05)
 

@@ -32,7 +32,7 @@ def model(y=None):
 
 @pytest.fixture(scope="module")
 def smc():
-    smc = lehr.AnnealedSMC(model, ladder=15, num_particles=400, progress=False)
+    smc = lehr.AnnealedSMC(model, ladder=15, num_warmup=1, num_particles=400, progress=False)
     smc.run(0, Y)
     return smc
 
