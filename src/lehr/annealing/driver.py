@@ -7,11 +7,12 @@ level, and leaves a :class:`~lehr.Tuning`. The chains that count take it as it i
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +120,12 @@ class Driver:
         """The path of the model with these arguments; that of a potential, or a bound one, needs none."""
         return self.path if self.path.is_bound and not (args or kwargs) else self.path(*args, **kwargs)
 
+    def on(self, path: Path) -> Self:
+        """The same driver, with another path in place of its own."""
+        driver = copy.copy(self)
+        driver.path = path
+        return driver
+
     def prepare(self, path: Path, t_min: float | None = None) -> Program:
         """What is known of a run before it is compiled.
 
@@ -134,7 +141,8 @@ class Driver:
         path = self._checked(path, kernel, weights)
         ladder = self.ladder
         if not isinstance(ladder, Ladder):
-            t_min = clean_end(path.schedule, float(_finest(*close(path)))) if t_min is None else t_min
+            if t_min is None:
+                t_min = clean_end(path.schedule, float(_finest(*close(path, ("init", "widths")))))
             ladder = Ladder.log_snr(path.schedule, ladder, t_min=t_min)
         path = path.ending_at(np.asarray(ladder.times)[-1])
         plan = self._plan(path, kernel, weights)

@@ -17,7 +17,6 @@ References:
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -104,8 +103,7 @@ def evidence(
 
 
 def _islands(smc: AnnealedSMC, path: Path, rng_key: jax.Array, num_islands: int) -> np.ndarray:
-    driver = copy.copy(smc)
-    driver.path = path
+    driver = smc.on(path)
     return np.array([driver.run(key).log_evidence for key in jax.random.split(rng_key, num_islands)])
 
 

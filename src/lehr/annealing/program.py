@@ -11,7 +11,7 @@ from lehr.annealing.ladder import Ladder
 from lehr.annealing.loop import Anneal, anneal
 from lehr.annealing.plan import Plan
 from lehr.annealing.tuning import Tuning
-from lehr.programs.closure import Constants, Structure, close
+from lehr.programs.closure import ALWAYS, Constants, Structure, close
 from lehr.programs.path import Path
 from lehr.programs.reverse import Level
 
@@ -47,7 +47,7 @@ class Program(NamedTuple):
             ladder: the levels.
             optional: functions of the path besides those that the plan needs.
         """
-        return cls(path, plan, ladder, *close(path, *_needed(path, plan), *optional))
+        return cls(path, plan, ladder, *close(path, (*ALWAYS, *_needed(path, plan), *optional)))
 
     @property
     def dimension(self) -> int:
@@ -72,7 +72,7 @@ class Program(NamedTuple):
 
 
 def _needed(path: Path, plan: Plan) -> list[str]:
-    """What the loop needs of a path besides the four functions that it always needs."""
+    """What the loop needs of a path besides what every run needs."""
     needed = ["unknown"] if path.score_sites else []
     if plan.follows_path:
         needed += ["reverse_step", "start_density"] + (["others"] if path.other_sites else [])

@@ -13,7 +13,6 @@ References:
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -150,9 +149,8 @@ def sbc(
     ranks: dict[str, list[int]] = {}
     for i, key in enumerate(jax.random.split(key_run, num_simulations)):
         given = {name: truth[name][i] for name in observed}
-        one = copy.copy(driver)
-        one.path = Path(handlers.condition(driver.path.model, data=given), driver.path.guidance)(*args, **kwargs)
-        posterior = _draws(one.run(key), num_draws, rng)
+        path = Path(handlers.condition(driver.path.model, data=given), driver.path.guidance)(*args, **kwargs)
+        posterior = _draws(driver.on(path).run(key), num_draws, rng)
         true = {name: value[i] for name, value in truth.items() if name in posterior}
         for name, (value, others) in _quantities(true, posterior, quantities).items():
             below, ties = np.sum(others < value), np.sum(others == value)

@@ -106,7 +106,7 @@ class Binding:
                 "of models."
             )
 
-    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Site]:
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Site]:
         """Find and check the model's sites; returns those that are not diffusions, as they were traced."""
         args, kwargs = jax.tree.map(_as_data, (args, kwargs))
         for where, leaf in jax.tree_util.tree_flatten_with_path((args, kwargs))[0]:

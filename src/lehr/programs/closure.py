@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -27,7 +27,9 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 from lehr.programs.path import Path
 from lehr.programs.reverse import reverse_step, start_density
 
-__all__ = ["Constants", "Structure", "close"]
+__all__ = ["ALWAYS", "Constants", "Structure", "close"]
+
+ALWAYS = ("log_density", "init", "log_start", "widths")  # what every run needs of a path
 
 Constants = dict[str, list[Any]]
 
@@ -35,9 +37,8 @@ Constants = dict[str, list[Any]]
 class Structure:
     """The functions of a path without its data; hashable, equal when the computations are.
 
-    Each takes the constants first, and then what the path's own function takes: ``log_density``
-    (:meth:`Path.surrogate`), ``init``, ``log_start``, ``widths``, and of the optional ones those that were asked
-    for.
+    Each takes the constants first, and then what the path's own function takes; there are those that it was
+    closed with. ``log_density`` is :meth:`Path.surrogate`.
     """
 
     def __init__(self, functions: dict[str, Callable[..., Any]], diffusion_sites: tuple[str, ...], digest: str) -> None:
@@ -61,13 +62,13 @@ class Structure:
         return isinstance(other, Structure) and self.digest == other.digest
 
 
-def close(path: Path, *optional: str) -> tuple[Structure, Constants]:
+def close(path: Path, names: Iterable[str] = ALWAYS) -> tuple[Structure, Constants]:
     """A bound path as structure and data.
 
     Args:
         path: bound.
-        optional: functions besides the four: ``"unknown"``, ``"others"``, ``"copies"``, ``"moments"``,
-            ``"reverse_step"``, ``"start_density"``.
+        names: the functions to trace: those of :data:`ALWAYS`, and ``"unknown"``, ``"others"``, ``"copies"``,
+            ``"moments"``, ``"reverse_step"``, ``"start_density"``.
     """
     key, t = jax.random.key(0), jax.numpy.ones(())
     position = jax.eval_shape(path.init, key, t)
@@ -75,7 +76,7 @@ def close(path: Path, *optional: str) -> tuple[Structure, Constants]:
     constants: dict[str, list[Any]] = {}
     digest = hashlib.sha256()
     signatures = _signatures(path, position, key, t)
-    for name in ("log_density", "init", "log_start", "widths", *optional):
+    for name in names:
         function, arguments = signatures[name]
         traced, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
         constants[name] = list(traced.consts)

@@ -65,7 +65,7 @@ class Path(Binding):
         self.end = jnp.zeros(())
         self.forgets = False
         if isinstance(model, Potential):
-            self.bind((), {})
+            self._bind((), {})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Path:
         """The path bound to the model's arguments. Arrays and floats are data, all else is structure.
@@ -75,12 +75,12 @@ class Path(Binding):
                 if a latent site is discrete, or if ``guidance`` names a site that the model lacks.
         """
         bound = copy.copy(self)
-        bound.bind(args, kwargs)
+        bound._bind(args, kwargs)
         return bound
 
-    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Site]:
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Site]:
         """As of a :class:`Binding`, and give each site that is not a diffusion its strategy."""
-        others = super().bind(args, kwargs)
+        others = super()._bind(args, kwargs)
         self._strategies = self._assign(self.guidance, others)
         return others
 
