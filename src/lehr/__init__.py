@@ -12,6 +12,7 @@ from lehr.annealing.evidence import Evidence, evidence
 from lehr.annealing.exchange import ReplicaExchange
 from lehr.annealing.ladder import Ladder
 from lehr.annealing.predictors import Restart
+from lehr.annealing.progress import ProgressMeter
 from lehr.annealing.run import Run
 from lehr.annealing.tuning import Tuning
 from lehr.checkpoints.native import CheckpointError, save
@@ -66,6 +67,7 @@ __all__ = [
     "Potential",
     "Power",
     "Product",
+    "ProgressMeter",
     "Recipe",
     "RectifiedFlow",
     "Region",

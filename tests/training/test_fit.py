@@ -106,7 +106,7 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(untrained, whol
     assert reports == [30]
     assert not same(whole, untrained)
     for key, recipe in ((1, RECIPE), (0, dataclasses.replace(RECIPE, learning_rate=1e-3))):
-        with pytest.raises(ValueError, match="another recipe or key"):
+        with pytest.raises(ValueError, match="holds other work"):
             fit(key, recipe)
 
 

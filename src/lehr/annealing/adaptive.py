@@ -20,7 +20,7 @@ from lehr.annealing.drivers import AnnealedSMC
 from lehr.annealing.entry import Entry, conditional_ess, target_at
 from lehr.annealing.keys import as_key
 from lehr.annealing.ladder import check_count, noisy_end
-from lehr.annealing.loop import Mover
+from lehr.annealing.mover import Mover
 from lehr.annealing.plan import Plan
 from lehr.annealing.start import begin
 from lehr.annealing.tuning import SHORT_SHARE, curvature, pooled_scale
@@ -138,7 +138,7 @@ def _settle(
     keys = [jax.random.fold_in(rng_key, i) for i in range(3)]
     entered = Entry(structure, plan, constants, times, levels)(k, particles, bend, None, keys[0])
     particles = particles._replace(chains=entered.chains)
-    particles, _, _ = weigh(particles, entered.increment, keys[1], jnp.asarray(0.5))
+    particles, _, _ = weigh(particles, entered.increment, keys[1], jnp.asarray(0.5), plan.layout)
     inverse_mass = pooled_scale(structure, constants, particles.chains.position, times[k], variance)
     target = target_at(structure, constants, times[k])
     move = Mover(plan, SHORT_SHARE)

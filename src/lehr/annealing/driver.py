@@ -6,26 +6,28 @@ level, and leaves a :class:`~lehr.Tuning`. The chains that count take it as it i
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import time
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path as FilePath
 from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from lehr.annealing.keys import as_key
 from lehr.annealing.ladder import Ladder, check_count, clean_end
-from lehr.annealing.loop import Anneal
+from lehr.annealing.layout import as_layout
 from lehr.annealing.plan import Plan
 from lehr.annealing.predictors import Ancestral, Predictor, as_predictor
-from lehr.annealing.program import Program
-from lehr.annealing.progress import progress_bar
-from lehr.annealing.run import Run, record
+from lehr.annealing.program import Program, digest
+from lehr.annealing.progress import ProgressMeter, as_meter
+from lehr.annealing.run import Run, Trial, record
+from lehr.annealing.session import Session
 from lehr.annealing.tuning import SHORT_SHARE, Tuning, smooth
 from lehr.annealing.weights import Weights, follow_path
 from lehr.kernels import HMC, Kernel
@@ -51,11 +53,13 @@ class Driver:
         num_samples: draws kept of each chain after the last level.
         thinning: transitions for each draw that is kept.
         threshold: weighted chains are resampled where their effective sample size is below this share.
+        num_islands: sets of weighted chains that are resampled each within itself.
     """
 
     num_samples: int = 0
     thinning: int = 1
     threshold: float = 0.0
+    num_islands: int = 1
     _optional: tuple[str, ...] = ()  # functions of the path that the level loop itself does not need
 
     def __init__(
@@ -69,7 +73,10 @@ class Driver:
         pilot: int | None,
         tuning: Tuning | None,
         predictor: str | Predictor | None,
-        progress: bool,
+        progress: bool | ProgressMeter = False,
+        checkpoint: str | FilePath | None = None,
+        sharding: Mesh | NamedSharding | None = None,
+        max_batch: int | None = None,
     ) -> None:
         if kernel is not None and not isinstance(kernel, Kernel):
             raise TypeError(
@@ -95,25 +102,30 @@ class Driver:
         self.num_steps, self.num_warmup, self.num_chains = num_steps, num_warmup, num_chains
         self.pilot, self.tuning = pilot, tuning
         self.predictor: Predictor | Literal["auto"] | None = "auto" if predictor == "auto" else as_predictor(predictor)
-        self.progress = progress
+        self.progress, self.checkpoint = progress, checkpoint
+        self.layout = as_layout(sharding, max_batch, num_chains)
+        as_meter(progress)
         self._run: Run | None = None
 
-    def run(self, rng_key: jax.Array, *args: Any, **kwargs: Any) -> Run:
+    def run(self, rng_key: jax.Array | int, *args: Any, resume: bool = False, **kwargs: Any) -> Run:
         """Sample; the result is also kept, for the other methods.
 
         Args:
             rng_key: a JAX key, or an integer seed.
             args: the model's arguments; none for a potential or a bound path. Arrays and floats are
                 data: other values of the same shape compile nothing.
+            resume: go on with the run that the driver's ``checkpoint`` folder holds, if it holds one; the result is
+                that of a run that was never stopped. Everything else must be as it was, the seed included.
             kwargs: the model's keyword arguments.
 
         Raises:
-            ValueError: for bad data or a model that cannot be annealed, see :class:`~lehr.Path`.
+            ValueError: for bad data or a model that cannot be annealed, see :class:`~lehr.Path`; if the checkpoint
+                folder holds another run, with what differs, or this one without ``resume``.
             TypeError: if a factor is a score and the kernel or the weights need an energy, or the
                 other way round.
         """
         rng_key = as_key(rng_key)
-        self._run = self._sample(self.prepare(self.bind(*args, **kwargs)), rng_key)
+        self._run = self._sample(self.prepare(self.bind(*args, **kwargs)), rng_key, resume)
         return self._run
 
     def bind(self, *args: Any, **kwargs: Any) -> Path:
@@ -148,22 +160,28 @@ class Driver:
         plan = self._plan(path, kernel, weights)
         return Program.of(path, plan, ladder, *self._optional)
 
-    def rehearse(self, program: Program, rng_key: jax.Array) -> tuple[Tuning, Anneal | None]:
-        """The steps to take, and the pilot pass that found them, if there was one."""
+    def rehearse(self, program: Program, rng_key: jax.Array, session: Session) -> tuple[Tuning, Trial | None]:
+        """The steps to take, and the pilot pass that found them, if there was one, as a part of a session."""
         plan, dimension = program.plan, program.dimension
         guess = Tuning(plan.kernel.initial_step_size(dimension), 1.0, SHORT_SHARE)
         tuning = (guess if self.tuning is None else self.tuning).on(len(program.ladder), dimension)
         if not self.pilot or not plan.num_steps or not _can_tune(program.path, plan.kernel):
             return tuning, None
+        shards = plan.layout.num_shards
         plan = plan._replace(
-            num_chains=self.pilot, num_warmup=PILOT_WARMUP, num_draws=0, is_tuned=False, progress=False
+            num_chains=-(-self.pilot // shards) * shards,
+            num_warmup=PILOT_WARMUP,
+            num_draws=0,
+            is_tuned=False,
+            num_islands=1,
         )
-        trial = program.anneal(plan, tuning, rng_key, self.threshold)
+        state = program.anneal(plan, tuning, rng_key, self.threshold, session, "pilot")
+        trial = Trial(plan.num_chains, plan.layout.gathered(state.levels))
         found = Tuning(
-            step_size=jnp.exp(smooth(jnp.log(trial.levels.step_size))),
+            step_size=np.exp(smooth(np.log(trial.levels.step_size))),
             scale=trial.levels.inverse_mass**0.5,
             short_share=tuning.short_share,
-            curvature=jnp.exp(jax.vmap(smooth, 1, 1)(jnp.log(trial.levels.curvature))),
+            curvature=np.exp(smooth(np.log(trial.levels.curvature))),
             moves=trial.levels.moves,
         )
         return found, trial
@@ -191,17 +209,35 @@ class Driver:
         """The run for ArviZ, with further groups such as ``prior=``; see :meth:`lehr.Run.to_arviz`."""
         return self.last_run.to_arviz(**groups)
 
-    def _sample(self, program: Program, rng_key: jax.Array) -> Run:
+    def session(self, program: Program, rng_key: jax.Array, resume: bool, meter: ProgressMeter) -> Session:
+        """What the host does while the program runs."""
+        facts: dict[str, Any] = {}
+        if self.checkpoint is not None:
+            facts = program.facts(
+                method=type(self).__name__,
+                seed=np.asarray(jax.random.key_data(rng_key)).tolist(),
+                pilot=self.pilot,
+                tuning=None if self.tuning is None else digest(tuple(self.tuning)),
+                threshold=self.threshold,
+            )
+        return Session(type(self).__name__, meter, self.checkpoint, facts, resume)
+
+    def _sample(self, program: Program, rng_key: jax.Array, resume: bool) -> Run:
         """Tune, and go down the ladder once."""
         path, plan, ladder = program.path, program.plan, program.ladder
         started = time.monotonic()
-        with progress_bar(type(self).__name__, len(ladder)) if self.progress else contextlib.nullcontext():
+        with self.session(program, rng_key, resume, as_meter(self.progress)) as session:
             key_pilot, key_run = jax.random.split(rng_key)
-            tuning, trial = self.rehearse(program, key_pilot)
+            tuning, trial = self.rehearse(program, key_pilot, session)
             plan = plan._replace(is_tuned=trial is not None or self.tuning is not None)
-            result = program.anneal(plan, tuning, key_run, self.threshold)
-        run = record(type(self).__name__, path, plan, ladder, result, trial, time.monotonic() - started)
-        stranded = int(np.sum(~np.isfinite(np.asarray(result.logdensity))))
+            state = program.anneal(plan, tuning, key_run, self.threshold, session, "run")
+            result = program.outcome(plan, key_run, state)
+        seconds = time.monotonic() - started
+        run = record(
+            type(self).__name__, path, plan, ladder, result, trial,
+            {"seconds": seconds - session.seconds_compiling, "compile_seconds": session.seconds_compiling},
+        )  # fmt: skip
+        stranded = int(np.sum(~np.isfinite(result.logdensity) & np.isfinite(result.log_weights)))
         if stranded:
             warnings.warn(
                 f"{stranded} of {plan.num_chains} chains ended where the log density is not finite; print_summary() "
@@ -258,7 +294,8 @@ class Driver:
             thinning=self.thinning,
             is_tuned=self.tuning is not None,
             counts_noise=True,
-            progress=self.progress,
+            num_islands=self.num_islands,
+            layout=self.layout,
         )
 
 

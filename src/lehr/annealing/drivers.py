@@ -15,12 +15,16 @@ All are faces of one level loop (:mod:`lehr.annealing.loop`), with the manners o
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path as FilePath
+from typing import Any, Literal
+
+from jax.sharding import Mesh, NamedSharding
 
 from lehr.annealing.driver import Driver
 from lehr.annealing.ladder import Ladder, check_count
 from lehr.annealing.plan import Plan
 from lehr.annealing.predictors import Ancestral, Predictor
+from lehr.annealing.progress import ProgressMeter
 from lehr.annealing.tuning import Tuning
 from lehr.annealing.weights import WEIGHTS, Weights, follow_path
 from lehr.kernels import HMC, Kernel
@@ -44,13 +48,21 @@ class AnnealedMCMC(Driver):
         num_chains: independent chains.
         num_samples: draws kept from each chain at the last level.
         thinning: transitions for each draw that is kept.
+        keep: ``"thin"`` keeps ``num_samples`` draws of each chain; ``"last"`` makes the same transitions and keeps
+            the last draw only, as memory may ask for.
         predictor: how chains move to the next level: ``None`` (they stay where they are),
             ``"ancestral"``, ``"ddim"``, ``"heun"``, ``"restart"`` or a :class:`~lehr.Restart`. The
             kernel then corrects at the level just reached.
         pilot: chains of the pilot pass that finds step sizes and scales for each level, which are then
             frozen; 0 for none. 64 unless ``num_warmup`` or ``tuning`` is given.
         tuning: steps that are known beforehand, a :class:`~lehr.Tuning`.
-        progress: show a progress bar, where there is a terminal.
+        progress: a bar where there is a terminal or a notebook, a line now and then where there is none; False
+            for silence; or a :class:`~lehr.ProgressMeter` of your own.
+        checkpoint: a folder in which the run is kept while it goes on, so that ``run(..., resume=True)`` can take it
+            up; Ctrl-C and SIGTERM then end it once it has been kept.
+        sharding: spreads chains over devices: a ``jax.sharding.Mesh`` with an axis ``"chains"``, or a
+            ``NamedSharding`` whose first dimension is spread; of several processes, over all of theirs.
+        max_batch: the most chains of a device that are worked on at once, where memory is short; None for all.
 
     Raises:
         ValueError: for counts that are not positive integers, an unknown predictor, or more than one
@@ -73,17 +85,27 @@ class AnnealedMCMC(Driver):
         num_samples: int = 100,
         *,
         thinning: int = 1,
+        keep: Literal["thin", "last"] = "thin",
         predictor: str | Predictor | None = None,
         pilot: int | None = None,
         tuning: Tuning | None = None,
-        progress: bool = True,
+        progress: bool | ProgressMeter = True,
+        checkpoint: str | FilePath | None = None,
+        sharding: Mesh | NamedSharding | None = None,
+        max_batch: int | None = None,
     ) -> None:
         check_count("num_steps", num_steps)
         check_count("num_chains", num_chains)
         check_count("num_samples", num_samples)
         check_count("thinning", thinning)
-        super().__init__(model, kernel, ladder, num_steps, num_warmup, num_chains, pilot, tuning, predictor, progress)
-        self.num_samples, self.thinning = num_samples, thinning
+        if keep not in ("thin", "last"):
+            raise ValueError(f'keep must be "thin", every thinning-th draw, or "last", the last one; got {keep!r}.')
+        super().__init__(
+            model, kernel, ladder, num_steps, num_warmup, num_chains, pilot, tuning, predictor, progress, checkpoint,
+            sharding, max_batch,
+        )  # fmt: skip
+        keeps_all = keep == "thin"
+        self.num_samples, self.thinning = (num_samples, thinning) if keeps_all else (1, num_samples * thinning)
 
 
 class AnnealedSMC(Driver):
@@ -99,6 +121,8 @@ class AnnealedSMC(Driver):
         num_warmup: transitions at each level before those, which tune the step size, in place of a pilot.
         num_particles: N.
         threshold: resample where the effective sample size falls below this share of N.
+        islands: sets of particles that are resampled each within itself: no traffic between devices if they are a
+            multiple of those, and a standard error of the evidence from their scatter.
         weights: ``"energy"``, from log densities; ``"path"``, from the models' own reverse kernels, for
             which scores are enough; ``"both"`` weighs by energies and reports the gap between the
             two, which a badly calibrated energy opens. By default ``"path"`` if a factor is a
@@ -108,7 +132,13 @@ class AnnealedSMC(Driver):
             found better at each level, and ``None`` without a pilot. Path weights have their own proposal.
         pilot: as for :class:`AnnealedMCMC`, and so ``tuning``.
         tuning: steps that are known beforehand.
-        progress: show a progress bar, where there is a terminal.
+        progress: a bar where there is a terminal or a notebook, a line now and then where there is none; False
+            for silence; or a :class:`~lehr.ProgressMeter` of your own.
+        checkpoint: a folder in which the run is kept while it goes on, so that ``run(..., resume=True)`` can take it
+            up; Ctrl-C and SIGTERM then end it once it has been kept.
+        sharding: spreads chains over devices: a ``jax.sharding.Mesh`` with an axis ``"chains"``, or a
+            ``NamedSharding`` whose first dimension is spread; of several processes, over all of theirs.
+        max_batch: the most chains of a device that are worked on at once, where memory is short; None for all.
 
     Raises:
         ValueError: for counts that are not positive integers, a threshold outside [0, 1], an
@@ -131,11 +161,15 @@ class AnnealedSMC(Driver):
         num_particles: int = 1000,
         *,
         threshold: float = 0.5,
+        islands: int = 1,
         weights: Weights | None = None,
         predictor: str | Predictor | None = "auto",
         pilot: int | None = None,
         tuning: Tuning | None = None,
-        progress: bool = True,
+        progress: bool | ProgressMeter = True,
+        checkpoint: str | FilePath | None = None,
+        sharding: Mesh | NamedSharding | None = None,
+        max_batch: int | None = None,
     ) -> None:
         check_count("num_steps", num_steps, least=0)
         check_count("num_particles", num_particles, least=2)
@@ -143,9 +177,14 @@ class AnnealedSMC(Driver):
             raise ValueError(f"threshold is a share of the particles, between 0 and 1; got {threshold!r}.")
         if weights is not None and weights not in WEIGHTS:
             raise ValueError(f'weights must be "energy", "path" or "both", or None to be chosen; got {weights!r}.')
+        check_count("islands", islands)
+        if num_particles % islands or num_particles // islands < 2:
+            raise ValueError(f"{islands} islands of at least 2 particles each do not make {num_particles} particles.")
         super().__init__(
-            model, kernel, ladder, num_steps, num_warmup, num_particles, pilot, tuning, predictor, progress
-        )
+            model, kernel, ladder, num_steps, num_warmup, num_particles, pilot, tuning, predictor, progress, checkpoint,
+            sharding, max_batch,
+        )  # fmt: skip
+        self.num_islands = islands
         if kernel is not None and not kernel.is_adjusted:
             raise ValueError(
                 f"AnnealedSMC weighs particles as if they followed each level's density, and {type(kernel).__name__} "
@@ -204,7 +243,13 @@ class Reverse(Driver):
         method: ``"ancestral"``, ``"ddim"``, ``"heun"``, ``"restart"``, or a :class:`~lehr.Restart`.
         num_levels: levels, uniform in log-SNR, or a :class:`~lehr.Ladder`.
         num_samples: independent samples.
-        progress: show a progress bar, where there is a terminal.
+        progress: a bar where there is a terminal or a notebook, a line now and then where there is none; False
+            for silence; or a :class:`~lehr.ProgressMeter` of your own.
+        checkpoint: a folder in which the run is kept while it goes on, so that ``run(..., resume=True)`` can take it
+            up; Ctrl-C and SIGTERM then end it once it has been kept.
+        sharding: spreads chains over devices: a ``jax.sharding.Mesh`` with an axis ``"chains"``, or a
+            ``NamedSharding`` whose first dimension is spread; of several processes, over all of theirs.
+        max_batch: the most chains of a device that are worked on at once, where memory is short; None for all.
 
     Raises:
         ValueError: for counts that are not positive integers, an unknown method, or, when run, a model with
@@ -222,12 +267,17 @@ class Reverse(Driver):
         num_levels: int | Ladder = 100,
         num_samples: int = 1000,
         *,
-        progress: bool = True,
+        progress: bool | ProgressMeter = True,
+        checkpoint: str | FilePath | None = None,
+        sharding: Mesh | NamedSharding | None = None,
+        max_batch: int | None = None,
     ) -> None:
         check_count("num_samples", num_samples)
         if method is None:
             raise ValueError("Reverse needs a method to move by; without one its samples would stay noise.")
-        super().__init__(model, HMC(), num_levels, 0, 0, num_samples, 0, None, method, progress)
+        super().__init__(
+            model, HMC(), num_levels, 0, 0, num_samples, 0, None, method, progress, checkpoint, sharding, max_batch
+        )
 
     def _plan(self, path: Path, kernel: Kernel, weights: Weights | None) -> Plan:
         return super()._plan(path, kernel, weights)._replace(num_starts=1, counts_noise=False)

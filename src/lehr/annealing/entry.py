@@ -23,14 +23,14 @@ from jax.scipy.stats import norm
 from lehr.annealing.keys import per_chain
 from lehr.annealing.plan import Plan
 from lehr.annealing.predictors import Ancestral, Departure
-from lehr.annealing.weights import Particles
+from lehr.annealing.weights import Particles, overall
 from lehr.kernels.base import LogDensity
 from lehr.kernels.line_integral import PartlyKnown
 from lehr.programs.closure import Constants, Structure
 from lehr.programs.path import Position
 from lehr.programs.reverse import Level, ReverseStep, log_forward
 
-__all__ = ["Entered", "Entry", "conditional_ess", "target_at"]
+__all__ = ["Entered", "Entry", "conditional_ess", "is_sound", "target_at"]
 
 CLEARLY = 0.7  # chains move where that loses at most this share of the particles that staying loses
 
@@ -74,18 +74,18 @@ class Entry:
         keys = per_chain(rng_key, self.plan.num_chains)
         chains = particles.chains
         if self.plan.predictor is None and not self.plan.follows_path:
-            fresh, gained, gap = jax.vmap(lambda chain: self._stay(chain, k))(chains)
+            fresh, gained, gap = self.plan.layout.over(lambda chain: self._stay(chain, k))(chains)
             return Entered(fresh, gained, gap, jnp.zeros((), bool))
 
         def stay() -> Any:
-            return jax.vmap(lambda chain: self._stay(chain, k))(chains)
+            return self.plan.layout.over(lambda chain: self._stay(chain, k))(chains)
 
         def move() -> Any:
-            return jax.vmap(lambda chain, key: self._move(chain, key, k, curvature))(chains, keys)
+            return self.plan.layout.over(lambda chain, key: self._move(chain, key, k, curvature))(chains, keys)
 
         if moves is None and self.plan.chooses:
             both = stay(), move()
-            ess_stay, ess_move = (conditional_ess(particles.log_weights, gained) for _, gained, _ in both)
+            ess_stay, ess_move = (conditional_ess(overall(particles), gained) for _, gained, _ in both)
             better = (1 - ess_move < CLEARLY * (1 - ess_stay)) & ~is_first
             chains, increment, gap = jax.tree.map(lambda a, b: jnp.where(better, b, a), *both)
             return Entered(chains, increment, gap, better)
@@ -110,7 +110,7 @@ class Entry:
             return step.log_stay + self._others(chain.position, t) - self._others(chain.position, t_from)
 
         by_path = jax.lax.cond(k == 0, start, on)
-        return fresh, by_energy if self.plan.weights == "both" else by_path, by_energy - by_path
+        return fresh, self._gained(fresh, by_energy, by_path), by_energy - by_path
 
     def _move(
         self, chain: Any, rng_key: jax.Array, k: jax.Array, curvature: jax.Array
@@ -124,7 +124,13 @@ class Entry:
         if not self.plan.follows_path:
             return fresh, by_energy, jnp.zeros(())
         by_path = log_path + self._others(position, t) - self._others(chain.position, t_from)
-        return fresh, by_energy if self.plan.weights == "both" else by_path, by_energy - by_path
+        return fresh, self._gained(fresh, by_energy, by_path), by_energy - by_path
+
+    def _gained(self, fresh: Any, by_energy: jax.Array, by_path: jax.Array) -> jax.Array:
+        """The increment that counts; by the path nothing says that a place is out of bounds but a score that breaks."""
+        if self.plan.weights == "both":
+            return by_energy
+        return jnp.where(is_sound(self.plan.kernel.gradient(fresh)), by_path, -jnp.inf)
 
     def _propose(
         self, chain: Any, rng_key: jax.Array, before: jax.Array, k: jax.Array, curvature: jax.Array
@@ -175,6 +181,11 @@ class Entry:
         """All of x, flat, and how to put another in its place."""
         flat, unravel = ravel_pytree({name: position[name] for name in self.structure.diffusion_sites})
         return flat, lambda to: position | unravel(to)
+
+
+def is_sound(tree: Any) -> jax.Array:
+    """Whether all numbers in ``tree`` are finite."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 def conditional_ess(log_weights: jax.Array, increments: jax.Array) -> jax.Array:

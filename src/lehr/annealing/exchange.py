@@ -19,6 +19,7 @@ import numpy as np
 from lehr.annealing.driver import PILOT_CHAINS, Driver
 from lehr.annealing.ladder import Ladder, check_count
 from lehr.annealing.program import Program
+from lehr.annealing.progress import NoMeter
 from lehr.annealing.run import Run, make_run
 from lehr.annealing.sweeps import Replicas, Sums, begin, sweeps
 from lehr.annealing.tuning import Tuning
@@ -82,7 +83,7 @@ class ReplicaExchange(Driver):
             check_count(name, count)
         check_count("num_warmup", num_warmup, least=0)
         pilot = 0 if tuning is not None else pilot
-        super().__init__(model, kernel, ladder, num_steps, 0, num_chains, pilot, tuning, "auto", progress=False)
+        super().__init__(model, kernel, ladder, num_steps, 0, num_chains, pilot, tuning, "auto")
         if kernel is not None and not kernel.is_adjusted:
             raise ValueError(
                 f"ReplicaExchange swaps by a Metropolis test, which {type(kernel).__name__} would bias: it leaves each "
@@ -115,14 +116,15 @@ class ReplicaExchange(Driver):
         )
         return self._run
 
-    def _sample(self, program: Program, rng_key: jax.Array) -> Run:
+    def _sample(self, program: Program, rng_key: jax.Array, resume: bool) -> Run:
         """Tune, start anew at every level, warm up, and draw."""
         started = time.monotonic()
         key_pilot, key_start, key_run = jax.random.split(rng_key, 3)
-        tuning, trial = self.rehearse(program, key_pilot)
+        with self.session(program, rng_key, resume, NoMeter()) as session:
+            tuning, trial = self.rehearse(program, key_pilot, session)
         made = 0.0
         if trial is not None:  # which evaluates at every level to enter it, moving and staying
-            made = trial.ancestors.size * float(np.sum(trial.levels.evaluations) + 2 * len(program.ladder))
+            made = trial.num_chains * float(np.sum(trial.levels.evaluations) + 2 * len(program.ladder))
         replicas = begin(
             program.structure, program.plan.kernel, self.num_chains, program.constants, program.ladder.times, key_start
         )

@@ -1,4 +1,4 @@
-r"""The level loop: one compiled program that takes N chains down a ladder.
+r"""The level loop: N chains go down a ladder, as far as they are told.
 
 Entering level k with the points x' of level k − 1, in this order:
 
@@ -8,11 +8,14 @@ Entering level k with the points x' of level k − 1, in this order:
     warm up    num_warmup transitions that tune the step              (lehr.annealing.tuning)
     move       num_steps transitions under π_k, nothing tuned: the corrector
 
-and after the last level, the draws that are kept.
+and after the last level, the draws that are kept. A level and a kept draw are one *stage* each. All that
+the next stage needs is one :class:`State`, so a run may be stopped after any of them and taken up again:
+:func:`begin_run` makes the first state, :func:`advance` goes on from one to a later one, in one compiled
+program whatever the number of stages, and :func:`finish` reads the last.
 
 Keys are folded in by name, (seed, stage, level, step, chain), so a chain's randomness does not
-depend on how chains are laid out. Statistics are summed inside the scans: memory does not grow
-with levels or steps.
+depend on how chains are laid out, nor on where a run was stopped. Statistics are summed inside the loops: memory
+does not grow with steps.
 """
 
 from __future__ import annotations
@@ -22,28 +25,28 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from blackjax.smc.resampling import systematic
-from numpy.typing import ArrayLike
 
-from lehr.annealing.entry import Entry, target_at
+from lehr.annealing.entry import Entry, is_sound, target_at
 from lehr.annealing.keys import per_chain
+from lehr.annealing.mover import Mover
 from lehr.annealing.plan import Plan
-from lehr.annealing.progress import report
 from lehr.annealing.start import begin
-from lehr.annealing.tuning import Tuning, curvature, gain, pooled_scale, with_short_steps
-from lehr.annealing.weights import Particles, weigh
-from lehr.kernels.base import LogDensity, Stats
+from lehr.annealing.tuning import Tuning, curvature, pooled_scale
+from lehr.annealing.weights import Particles, overall, weigh
+from lehr.kernels.base import Stats
 from lehr.kernels.line_integral import closed_loop
 from lehr.programs.closure import Constants, Structure
 from lehr.programs.path import Position
 from lehr.programs.reverse import Level
 
-__all__ = ["LOOPS", "Anneal", "Draws", "LevelStats", "Mover", "anneal"]
+__all__ = ["Anneal", "Draws", "LevelStats", "State", "advance", "begin_run", "finish", "num_loops", "num_stages"]
 
-LOOPS = 32  # chains at which the score is integrated round a closed loop
+LOOPS = 32  # the most chains at which the score is integrated round a closed loop
+CHAINS_PER_LOOP = 32  # so that the loops cost about half an evaluation of each chain
 
 
 class LevelStats(NamedTuple):
-    """Per level: scalars, and the squared scale (D,); stacked over levels."""
+    """Per level: scalars, and the squared scale and the curvature (D,); stacked over levels."""
 
     acceptance_rate: jax.Array
     step_size: jax.Array
@@ -69,6 +72,28 @@ class Draws(NamedTuple):
     stats: Stats
 
 
+class State(NamedTuple):
+    """Where a run stands.
+
+    Attributes:
+        done: stages that are behind it: levels, and then draws.
+        particles: the chains, with their weights.
+        log_step: the step size.
+        curvature: of −log π at the last level, (D,).
+        start_variance: of the chains' start, by site.
+        levels: statistics; zeros at levels yet to come.
+        draws: kept; zeros in place of those yet to come, and none at all of weighted chains.
+    """
+
+    done: jax.Array
+    particles: Particles
+    log_step: jax.Array
+    curvature: jax.Array
+    start_variance: Any
+    levels: LevelStats
+    draws: Draws
+
+
 class Anneal(NamedTuple):
     """What a run leaves: per-level statistics, the final chains and weights, the kept draws."""
 
@@ -81,193 +106,188 @@ class Anneal(NamedTuple):
     ancestors: jax.Array
 
 
-class _Carry(NamedTuple):
-    particles: Particles
-    log_step: jax.Array
-    curvature: jax.Array
+def num_stages(plan: Plan, num_levels: int) -> int:
+    """How many stages a run has."""
+    return num_levels + plan.num_draws
 
 
-def anneal(
+def num_loops(plan: Plan) -> int:
+    """At how many chains the score is integrated round a closed loop."""
+    return min(LOOPS, max(plan.num_chains // CHAINS_PER_LOOP, 2), plan.num_chains)
+
+
+def begin_run(
+    structure: Structure, plan: Plan, constants: Constants, times: jax.Array, tuning: Tuning, rng_key: jax.Array
+) -> State:
+    """The state before the first level; the arguments are those of :func:`advance`."""
+    particles = begin(structure, plan, constants, times[0], jax.random.fold_in(rng_key, 0))
+    position, n, k = particles.chains.position, plan.num_chains, times.shape[0]
+    dimension = tuning.scale.shape[1]
+    zero, count, flag = jnp.zeros(k), jnp.zeros(k, int), jnp.zeros(k, bool)
+    vector = jnp.zeros((k, dimension))
+    levels = LevelStats(
+        acceptance_rate=zero, step_size=zero, ess=zero, log_evidence=zero, resampled=flag, survivors=count,
+        divergences=count, nonfinite=count, evaluations=zero, gap=zero, loop_integral=zero, inverse_mass=vector,
+        curvature=vector, moves=flag,
+    )  # fmt: skip
+    num_draws = plan.num_draws
+    some = jnp.zeros((num_draws, n))
+    empty = jax.tree.map(lambda leaf: jnp.zeros((num_draws, *leaf.shape), leaf.dtype), position)
+    draws = Draws(empty, some, Stats(some, some.astype(int), some.astype(int)))
+    variance = jax.tree.map(lambda q: jnp.var(q, 0), position)
+    state = State(
+        jnp.zeros((), int), particles, jnp.log(tuning.step_size[0]), jnp.ones(dimension), variance, levels, draws
+    )
+    state = jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype), state)  # no weak types: they
+    return _laid_out(state, plan)  # would make the first segment a program of its own
+
+
+def advance(
     structure: Structure,
     plan: Plan,
     constants: Constants,
     times: jax.Array,
-    levels: Level,
+    noise: Level,
     tuning: Tuning,
     rng_key: jax.Array,
     threshold: jax.Array,
-) -> Anneal:
-    """Run N chains down the ladder; pure, to be compiled once per (structure, plan, shapes).
+    state: State,
+    stop: jax.Array,
+) -> State:
+    """Go on until ``stop`` stages are done; pure, to be compiled once per (structure, plan, shapes).
 
     Args:
         structure: the path's functions.
         plan: what is static.
         constants: the path's data.
         times: the ladder, shape (K,).
-        levels: the noise at those times, each (K,).
+        noise: the noise at those times, each (K,).
         tuning: steps (K,) and scales (K, D); without ``plan.is_tuned`` the first step is where tuning starts.
         rng_key: the seed.
         threshold: resample where ESS < threshold · N.
+        state: where to go on from.
+        stop: at most :func:`num_stages`.
     """
-    n, last = plan.num_chains, times.shape[0] - 1
-    key_start, key_levels, key_draws, key_final = (jax.random.fold_in(rng_key, i) for i in range(4))
-    particles = begin(structure, plan, constants, times[0], key_start)
-    prior_variance = jax.tree.map(lambda q: jnp.var(q, 0), particles.chains.position)
-    log_steps, inverse_masses = jnp.log(jnp.asarray(tuning.step_size)), jnp.asarray(tuning.scale) ** 2
-    enter = Entry(structure, plan, constants, times, levels)
+    num_levels = times.shape[0]
+    enter = Entry(structure, plan, constants, times, noise)
     move = Mover(plan, tuning.short_share)
+    gradients = jax.vmap(plan.kernel.gradient)
 
-    def scale(chains: Any, k: jax.Array | int) -> jax.Array:
+    def level(state: State) -> State:
+        k = state.done
+        key_resample, key_move, key_enter, key_loops = _keys(rng_key, 1, k, 4)
+        particles, log_step, bend, decided = state.particles, state.log_step, state.curvature, None
         if plan.is_tuned:
-            return inverse_masses[k]
-        return pooled_scale(structure, constants, chains.position, times[k], prior_variance)
-
-    def level(carry: _Carry, k: jax.Array) -> tuple[_Carry, LevelStats]:
-        particles, log_step, bend = carry
-        key_resample, key_move, key_enter, key_loops = (
-            jax.random.fold_in(jax.random.fold_in(key_levels, k), i) for i in range(4)
-        )
-        decided = None
-        if plan.is_tuned:
-            log_step, bend, decided = log_steps[k], tuning.curvature[k - 1], tuning.moves[k]
+            log_step, bend, decided = jnp.log(tuning.step_size[k]), tuning.curvature[k - 1], tuning.moves[k]
         entered = enter(k, particles, bend, decided, key_enter)
-        particles = particles._replace(chains=entered.chains)
         finite_gap = jnp.where(jnp.isfinite(entered.gap), entered.gap, 0.0)
-        gap = jnp.sum(finite_gap * jnp.exp(particles.log_weights))
-        resampled, ess = jnp.zeros((), bool), jnp.asarray(float(n))
+        gap = jnp.sum(finite_gap * jnp.exp(overall(particles)))
+        particles = particles._replace(chains=entered.chains)
+        resampled, ess = jnp.zeros((), bool), jnp.asarray(float(plan.num_chains))
         if plan.weights:
-            particles, ess, resampled = weigh(particles, entered.increment, key_resample, threshold)
-        inverse_mass = scale(particles.chains, k)
+            particles, ess, resampled = weigh(particles, entered.increment, key_resample, threshold, plan.layout)
+        if plan.is_tuned:
+            inverse_mass = tuning.scale[k] ** 2
+        else:
+            at = particles.chains.position
+            inverse_mass = pooled_scale(structure, constants, at, times[k], state.start_variance)
         target = target_at(structure, constants, times[k])
         chains, log_step, moved = move(
             key_move, particles.chains, target, log_step, inverse_mass, plan.num_warmup, plan.num_steps
         )
-        bend = curvature(jax.vmap(plan.kernel.gradient)(chains))
-        acceptance = jnp.mean(moved.acceptance_rate)
-        if plan.progress:
-            report(k, times.shape[0], times[k], acceptance, ess / n)
+        bend = curvature(gradients(chains))
+        particles = particles._replace(chains=chains)
         stats = LevelStats(
-            acceptance_rate=acceptance,
+            acceptance_rate=jnp.mean(moved.acceptance_rate),
             step_size=jnp.exp(log_step),
             ess=ess,
-            log_evidence=particles.log_evidence,
+            log_evidence=particles.total_log_evidence,
             resampled=resampled,
-            survivors=jnp.sum(jnp.bincount(particles.ancestors, length=n) > 0),
+            survivors=jnp.sum(jnp.bincount(particles.ancestors, length=plan.num_chains) > 0),
             divergences=jnp.sum(moved.is_divergent),
-            nonfinite=jnp.sum(~jnp.isfinite(entered.chains.logdensity)),
+            nonfinite=jnp.sum(~jax.vmap(is_sound)((entered.chains.logdensity, gradients(entered.chains)))),
             evaluations=jnp.mean(moved.evaluations),
             gap=gap,
-            loop_integral=_loops(structure, constants, chains, inverse_mass, times[k], key_loops),
+            loop_integral=_loops(structure, plan, constants, chains, inverse_mass, times[k], key_loops),
             inverse_mass=inverse_mass,
             curvature=bend,
             moves=entered.moves,
         )
-        return _Carry(particles._replace(chains=chains), log_step, bend), stats
+        levels = _put(state.levels, stats, k)
+        return _laid_out(State(k + 1, particles, log_step, bend, state.start_variance, levels, state.draws), plan)
 
-    carry = _Carry(particles, log_steps[0], jnp.ones(inverse_masses.shape[1]))
-    (particles, log_step, _), stats = jax.lax.scan(level, carry, jnp.arange(times.shape[0]))
-    chains = particles.chains
-    if plan.weights:
-        draws = _equally_weighted(particles, key_final)
-    elif not plan.num_steps:
-        draws = _still(jax.tree.map(lambda leaf: leaf[None], (chains.position, chains.logdensity)))
-    else:
-        target = target_at(structure, constants, times[last])
-        chains, draws = _sampled(plan, move, chains, target, log_step, scale(chains, last), key_draws)
+    def draw(state: State) -> State:
+        """Independent chains go on at the last level; one draw of each is kept."""
+        i = state.done - num_levels
+        (key,) = _keys(rng_key, 2, i, 1)
+        target = target_at(structure, constants, times[-1])
+        scale = state.levels.inverse_mass[-1]
+        chains, _, moved = move(key, state.particles.chains, target, state.log_step, scale, 0, plan.thinning)
+        draws = _put(state.draws, Draws(chains.position, chains.logdensity, moved), i)
+        state = state._replace(done=state.done + 1, particles=state.particles._replace(chains=chains), draws=draws)
+        return _laid_out(state, plan)
+
+    state = jax.lax.while_loop(lambda s: s.done < jnp.minimum(stop, num_levels), level, state)
+    if plan.num_draws:
+        state = jax.lax.while_loop(lambda s: (num_levels <= s.done) & (s.done < stop), draw, state)
+    return state
+
+
+def finish(plan: Plan, rng_key: jax.Array, state: State) -> Anneal:
+    """What a run leaves whose last stage is done."""
+    particles, chains = state.particles, state.particles.chains
+    log_weights = overall(particles)
+    draws = state.draws
+    if plan.weights:  # the final points, resampled once more: one draw of every chain
+        chosen = systematic(jax.random.fold_in(rng_key, 3), jnp.exp(log_weights), plan.num_chains)
+        draws = _still(jax.tree.map(lambda leaf: leaf[chosen], (chains.position, chains.logdensity)))
+    elif not plan.num_draws:
+        draws = _still((chains.position, chains.logdensity))
     return Anneal(
-        stats, draws, chains.position, chains.logdensity, particles.log_weights, particles.log_evidence,
+        state.levels, draws, chains.position, chains.logdensity, log_weights, particles.log_evidence,
         particles.ancestors,
     )  # fmt: skip
 
 
-def _sampled(
-    plan: Plan,
-    move: Mover,
-    chains: Any,
-    target: LogDensity,
-    log_step: jax.Array,
-    inverse_mass: jax.Array,
-    rng_key: jax.Array,
-) -> tuple[Any, Draws]:
-    """Independent chains go on at the last level, and a draw of each is kept every ``thinning`` transitions."""
-
-    def draw(chains: Any, i: jax.Array) -> tuple[Any, Draws]:
-        key = jax.random.fold_in(rng_key, i)
-        chains, _, moved = move(key, chains, target, log_step, inverse_mass, 0, plan.thinning)
-        return chains, Draws(chains.position, chains.logdensity, moved)
-
-    return jax.lax.scan(draw, chains, jnp.arange(plan.num_draws))
+def _keys(rng_key: jax.Array, stage: int, i: jax.Array, count: int) -> list[jax.Array]:
+    key = jax.random.fold_in(jax.random.fold_in(rng_key, stage), i)
+    return [jax.random.fold_in(key, j) for j in range(count)]
 
 
-def _equally_weighted(particles: Particles, rng_key: jax.Array) -> Draws:
-    """The final points, resampled once more: one draw of every chain."""
-    n = particles.log_weights.shape[0]
-    chosen = systematic(rng_key, jnp.exp(particles.log_weights), n)
-    chains = particles.chains
-    return _still(jax.tree.map(lambda leaf: leaf[chosen][None], (chains.position, chains.logdensity)))
+def _put(rows: Any, row: Any, i: jax.Array) -> Any:
+    return jax.tree.map(lambda all_, one: all_.at[i].set(one), rows, row)
 
 
-def _still(draws: tuple[Position, jax.Array]) -> Draws:
-    """Draws that no transition was made for."""
-    position, logdensity = draws
+def _laid_out(state: State, plan: Plan) -> State:
+    """The same state, with its chains on the devices that they belong to."""
+    particles = state.particles
+    chains, log_weights, ancestors = plan.layout.spread((particles.chains, particles.log_weights, particles.ancestors))
+    particles = particles._replace(chains=chains, log_weights=log_weights, ancestors=ancestors)
+    return state._replace(particles=particles, draws=plan.layout.spread(state.draws, axis=1))
+
+
+def _still(points: tuple[Position, jax.Array]) -> Draws:
+    """One draw of each chain that no transition was made for."""
+    position, logdensity = jax.tree.map(lambda leaf: leaf[None], points)
     none = jnp.zeros(logdensity.shape, int)
     return Draws(position, logdensity, Stats(jnp.ones_like(logdensity), none, none))
 
 
 def _loops(
-    structure: Structure, constants: Constants, chains: Any, inverse_mass: jax.Array, t: jax.Array, rng_key: jax.Array
+    structure: Structure,
+    plan: Plan,
+    constants: Constants,
+    chains: Any,
+    inverse_mass: jax.Array,
+    t: jax.Array,
+    rng_key: jax.Array,
 ) -> jax.Array:
     """Root mean square over chains of the score's closed-loop integral."""
     if "unknown" not in structure:
         return jnp.zeros(())
-    positions = jax.tree.map(lambda leaf: leaf[:LOOPS], chains.position)
-    count = jax.tree.leaves(positions)[0].shape[0]
+    count = num_loops(plan)
+    positions = jax.tree.map(lambda leaf: leaf[:count], chains.position)
     unknown = lambda q: structure.unknown(constants, q, t)  # noqa: E731
-    loop = jax.vmap(lambda q, key: closed_loop(unknown, q, jnp.sqrt(inverse_mass), key))
-    return jnp.sqrt(jnp.mean(loop(positions, per_chain(rng_key, count)) ** 2))
-
-
-class Mover:
-    """How all chains move at one level.
-
-    ``move(key, chains, target, log_step, inverse_mass, num_warmup, num_steps)`` returns the chains, the
-    step size, and for each chain the mean acceptance and number of divergences of the steps that
-    count, and the evaluations of all, (chains,).
-    """
-
-    def __init__(self, plan: Plan, short_share: ArrayLike) -> None:
-        self.plan, self.step = plan, with_short_steps(plan.kernel.build(), short_share)
-
-    def __call__(
-        self,
-        rng_key: jax.Array,
-        chains: Any,
-        target: LogDensity,
-        log_step: jax.Array,
-        inverse_mass: jax.Array,
-        num_warmup: int,
-        num_steps: int,
-    ) -> tuple[Any, jax.Array, Stats]:
-        n = self.plan.num_chains
-        none = Stats(jnp.zeros(n), jnp.zeros(n, int), jnp.zeros(n, int))
-        if num_warmup + num_steps == 0:
-            return chains, log_step, none
-
-        def one(state: tuple[Any, jax.Array, Stats], i: jax.Array) -> tuple[tuple[Any, jax.Array, Stats], None]:
-            chains, log_step, sums = state
-            keys = per_chain(jax.random.fold_in(rng_key, i), n)
-            step_size = jnp.exp(log_step)
-            chains, stats = jax.vmap(lambda key, chain: self.step(key, chain, target, step_size, inverse_mass))(
-                keys, chains
-            )
-            error = jnp.mean(stats.acceptance_rate) - self.plan.kernel.target_acceptance
-            counts = i >= num_warmup
-            sums = Stats(
-                sums.acceptance_rate + jnp.where(counts, stats.acceptance_rate, 0.0),
-                sums.is_divergent + jnp.where(counts, stats.is_divergent, 0),
-                sums.evaluations + stats.evaluations,
-            )
-            return (chains, log_step + gain(i, num_warmup) * error, sums), None
-
-        (chains, log_step, sums), _ = jax.lax.scan(one, (chains, log_step, none), jnp.arange(num_warmup + num_steps))
-        return chains, log_step, sums._replace(acceptance_rate=sums.acceptance_rate / max(num_steps, 1))
+    loop = lambda q, key: closed_loop(unknown, q, jnp.sqrt(inverse_mass), key)  # noqa: E731
+    around = plan.layout._replace(mesh=None).over(loop)
+    return jnp.sqrt(jnp.mean(around(positions, per_chain(rng_key, count)) ** 2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from lehr.annealing.layout import Layout
 from lehr.annealing.predictors import Predictor
 from lehr.annealing.weights import Weights, follow_path
 from lehr.kernels.base import Kernel
@@ -27,7 +28,8 @@ class Plan(NamedTuple):
         thinning: transitions for each kept one.
         is_tuned: whether steps are given, level by level, rather than found.
         counts_noise: whether predictors know that a product counts the noise more than once.
-        progress: whether levels are reported as they finish.
+        num_islands: sets of weighted chains that are resampled each within itself.
+        layout: how chains lie on devices and in memory.
     """
 
     kernel: Kernel
@@ -42,7 +44,8 @@ class Plan(NamedTuple):
     thinning: int
     is_tuned: bool
     counts_noise: bool
-    progress: bool
+    num_islands: int
+    layout: Layout
 
     @property
     def follows_path(self) -> bool:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import hashlib
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lehr.annealing.ladder import Ladder
-from lehr.annealing.loop import Anneal, anneal
+from lehr.annealing.loop import Anneal, State, advance, begin_run, finish, num_stages
 from lehr.annealing.plan import Plan
+from lehr.annealing.session import Session
 from lehr.annealing.tuning import Tuning
 from lehr.programs.closure import ALWAYS, Constants, Structure, close
 from lehr.programs.path import Path
 from lehr.programs.reverse import Level
 
-__all__ = ["Program"]
+__all__ = ["Program", "digest"]
 
-_compiled = jax.jit(anneal, static_argnames=("structure", "plan"))
+_begin = jax.jit(begin_run, static_argnums=(0, 1))
+_advance = jax.jit(advance, static_argnums=(0, 1))
+_finish = jax.jit(finish, static_argnums=0)
 
 
 class Program(NamedTuple):
@@ -54,21 +60,66 @@ class Program(NamedTuple):
         """D: how many numbers a position has, over all latent sites."""
         return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(self.path.init, jax.random.key(0))))
 
-    def anneal(self, plan: Plan, tuning: Tuning, rng_key: jax.Array, threshold: float) -> Anneal:
-        """The level loop, compiled if it is new, and run to its end; see :func:`~lehr.annealing.loop.anneal`."""
-        times = self.ladder.times
-        return jax.block_until_ready(
-            _compiled(
-                structure=self.structure,
-                plan=plan,
-                constants=self.constants,
-                times=times,
-                levels=Level.of(self.path.schedule, times),
-                tuning=tuning,
-                rng_key=rng_key,
-                threshold=jnp.asarray(threshold, float),
-            )
+    def facts(self, **others: Any) -> dict[str, Any]:
+        """What determines a run: the model, its data, the plan and the levels, and ``others``; in JSON's types."""
+        plan = {name: value for name, value in self.plan._asdict().items() if name != "layout"}
+        plan |= {name: repr(plan[name]) for name in ("kernel", "predictor")}
+        times = np.asarray(self.ladder.times)
+        return {
+            "model": self.structure.digest,
+            "data": digest(self.constants),
+            "num_levels": times.size,
+            "ladder": digest(times),
+            "precision": str(times.dtype),
+            **plan,
+            **others,
+        }
+
+    def anneal(
+        self, plan: Plan, tuning: Tuning, rng_key: jax.Array, threshold: float, session: Session, part: str
+    ) -> State:
+        """The level loop from its beginning to its end, as one part of a session."""
+        times, layout = self.ladder.times, plan.layout
+        noise = Level.of(self.path.schedule, times)
+        sigma = np.exp(-np.asarray(noise.log_snr) / 2)
+        constants, times, noise, tuning, rng_key, share = layout.shared(
+            (self.constants, times, noise, tuning, rng_key, jnp.asarray(threshold, float))
         )
+        start = partial(_begin, self.structure, plan, constants, times, tuning, rng_key)
+
+        def go_on(state: State, stop: int) -> State:
+            to = layout.shared(jnp.asarray(stop))
+            return _advance(self.structure, plan, constants, times, noise, tuning, rng_key, share, state, to)
+
+        def stand(state: State) -> dict[str, float]:
+            k = min(int(state.done), len(self.ladder)) - 1
+            levels = state.levels
+            known = plan.num_steps > 0 and ("unknown" not in self.structure or plan.kernel.integrates_score)
+            return {
+                "sigma": float(sigma[k]),
+                "acceptance_rate": float(levels.acceptance_rate[k]) if known else float("nan"),
+                "ess": float(levels.ess[k]) / plan.num_chains,
+            }
+
+        total = num_stages(plan, len(self.ladder))
+        like = start if layout.mesh is not None else partial(jax.eval_shape, start)
+        return session.run(part, total, start, like, go_on, stand)
+
+    def outcome(self, plan: Plan, rng_key: jax.Array, state: State) -> Anneal:
+        """What is left of a run that has ended, as numpy arrays."""
+        return plan.layout.gathered(_finish(plan, plan.layout.shared(rng_key), state))
+
+
+def digest(tree: Any) -> str:
+    """A hash of all numbers in ``tree``."""
+    seen, said = set(), hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        if id(leaf) not in seen:  # functions share their constants
+            seen.add(id(leaf))
+            value = np.asarray(leaf)
+            said.update(f"{value.dtype}{value.shape}".encode())
+            said.update(np.ascontiguousarray(value).tobytes())
+    return said.hexdigest()[:16]
 
 
 def _needed(path: Path, plan: Plan) -> list[str]:

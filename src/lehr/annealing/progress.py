@@ -1,69 +1,157 @@
-r"""A progress bar over levels, fed from inside the compiled program.
+r"""What a run says of itself while it goes on.
 
-The program calls back once a level; whether anybody listens is decided outside, by the
-:func:`progress_bar` context. The callback carries no identity of the bar, so that another
-bar compiles nothing new; it never raises, since an exception there would end the run.
+The host is told after every segment of a run, and tells a meter: a bar where there is a terminal or a
+notebook, plain lines now and then where there is none, nothing in a process that works for another. A meter of
+your own is a subclass of :class:`ProgressMeter`, given as ``progress=``.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+import abc
+import multiprocessing
+import time
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-__all__ = ["progress_bar", "report"]
+__all__ = ["NoMeter", "PlainLines", "ProgressMeter", "RichBar", "Standing", "as_meter"]
 
-Listener = Callable[[int, int, float, float, float], None]
-_listeners: list[Listener] = []
+SECONDS_BETWEEN_LINES = 10.0
 
 
-def report(level: jax.Array, num_levels: int, t: jax.Array, acceptance: jax.Array, ess: jax.Array) -> None:
-    """Say, from inside a compiled program, that a level is done.
+class Standing(NamedTuple):
+    """How far one part of a run is.
+
+    Attributes:
+        done: stages behind it: levels, and then draws.
+        total: stages in all.
+        sigma: σ/α of the level it is at, the noise in units of the data.
+        acceptance_rate: mean acceptance there; NaN where nobody knows it.
+        ess: effective share of the weights, in [0, 1]; 1 for chains without.
+        seconds_left: at the pace so far; None before there is one.
+    """
+
+    done: int
+    total: int
+    sigma: float
+    acceptance_rate: float
+    ess: float
+    seconds_left: float | None
+
+    def __str__(self) -> str:
+        said = [f"σ {self.sigma:.3g}"]
+        if self.acceptance_rate == self.acceptance_rate:
+            said.append(f"accepted {self.acceptance_rate:.2f}")
+        said.append(f"ESS {self.ess:.0%}")
+        if self.seconds_left is not None:
+            said.append(f"{_clock(self.seconds_left)} left")
+        return "  ".join(said)
+
+
+class ProgressMeter(abc.ABC):
+    """Is told how far a run is. What it raises ends the run."""
+
+    @abc.abstractmethod
+    def begin(self, label: str, total: int) -> None:
+        """A part of a run begins, by the name of ``label``, of ``total`` stages. It is compiled first."""
+
+    @abc.abstractmethod
+    def update(self, standing: Standing) -> None:
+        """Some more of its stages are done."""
+
+    @abc.abstractmethod
+    def end(self) -> None:
+        """It has ended, or was ended."""
+
+
+class NoMeter(ProgressMeter):
+    """Says nothing."""
+
+    def begin(self, label: str, total: int) -> None: ...
+
+    def update(self, standing: Standing) -> None: ...
+
+    def end(self) -> None: ...
+
+
+class RichBar(ProgressMeter):
+    """A bar on a terminal, or in a notebook.
 
     Args:
-        level: index of the level.
-        num_levels: how many there are.
-        t: its time.
-        acceptance: mean acceptance at it.
-        ess: effective share of the weights, in [0, 1].
+        console: where to draw; standard error by default.
     """
-    jax.debug.callback(_tell, level, num_levels, t, acceptance, ess)
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = Console(stderr=True) if console is None else console
+        self._bar: Progress | None = None
+
+    def begin(self, label: str, total: int) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[said]}"),
+        )
+        self._bar = Progress(*columns, console=self.console)
+        self._task = self._bar.add_task(label, total=total, said="compiling")
+        self._bar.start()
+
+    def update(self, standing: Standing) -> None:
+        assert self._bar is not None
+        self._bar.update(self._task, completed=standing.done, said=str(standing))
+
+    def end(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        self._bar = None
 
 
-def _tell(level: np.ndarray, num_levels: np.ndarray, *figures: np.ndarray) -> None:
-    for listen in _listeners[-1:]:
-        with contextlib.suppress(Exception):
-            listen(int(level), int(num_levels), *(float(f) for f in figures))
-
-
-@contextlib.contextmanager
-def progress_bar(label: str, num_levels: int, console: Console | None = None) -> Iterator[None]:
-    """Show a bar while a program that reports its levels runs inside this context.
+class PlainLines(ProgressMeter):
+    """A line now and then, as for a log file; none of a part that is over before the first is due.
 
     Args:
-        label: what is running.
-        num_levels: how many levels it has.
-        console: where to draw; standard error by default. Nothing is drawn where it is no terminal.
+        console: where to print; standard error by default.
+        seconds: between two lines.
     """
-    console = Console(stderr=True) if console is None else console
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"), TimeElapsedColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(label, total=num_levels, figures="compiling")
 
-        def listen(level: int, _: int, t: float, acceptance: float, ess: float) -> None:
-            figures = f"t {t:.4f}  accepted {acceptance:.2f}  ESS {ess:.0%}"
-            bar.update(task, completed=level + 1, figures=figures)
+    def __init__(self, console: Console | None = None, seconds: float = SECONDS_BETWEEN_LINES) -> None:
+        self.console = Console(stderr=True) if console is None else console
+        self.seconds = seconds
 
-        _listeners.append(listen)
-        try:
-            yield
-            jax.effects_barrier()
-        finally:
-            _listeners.remove(listen)
+    def begin(self, label: str, total: int) -> None:
+        self._label, self._spoke = label, float("inf")  # until it is compiled
+
+    def update(self, standing: Standing) -> None:
+        self._spoke = min(self._spoke, time.monotonic())
+        if time.monotonic() - self._spoke >= self.seconds:
+            self._spoke = time.monotonic()
+            self.console.print(
+                f"{self._label} {standing.done}/{standing.total}  {standing}", soft_wrap=True, highlight=False
+            )
+
+    def end(self) -> None: ...
+
+
+def as_meter(progress: bool | ProgressMeter) -> ProgressMeter:
+    """The meter that a user asked for: True is whichever suits where the program runs.
+
+    Raises:
+        TypeError: for anything but a bool or a meter.
+    """
+    if isinstance(progress, ProgressMeter):
+        return progress
+    if not isinstance(progress, bool):
+        raise TypeError(f"progress must be True, False or a lehr.ProgressMeter; got {progress!r}.")
+    works_for_another = jax.process_index() > 0 or multiprocessing.parent_process() is not None
+    if not progress or works_for_another:
+        return NoMeter()
+    console = Console(stderr=True)
+    return RichBar(console) if console.is_terminal or console.is_jupyter else PlainLines(console)
+
+
+def _clock(seconds: Any) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

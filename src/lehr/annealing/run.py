@@ -11,7 +11,8 @@ from starting point e, and r the number of resamplings,
 
 estimates the relative variance of Ẑ from one run (Lee & Whiteley, Variance estimation in
 the particle filter, Biometrika 2018). It is derived for multinomial resampling; under the
-systematic resampling used here it errs on the large side.
+systematic resampling used here it errs on the large side. Of a run with islands the standard error is that of the
+mean of their Z, from their scatter.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from lehr.annealing.ladder import Ladder
-from lehr.annealing.loop import LOOPS, Anneal
+from lehr.annealing.loop import Anneal, LevelStats, num_loops
 from lehr.annealing.plan import Plan
 from lehr.annealing.tuning import SHORT_SHARE, Tuning
 from lehr.programs.path import Path
 from lehr.programs.reverse import evaluations
 
-__all__ = ["Run", "make_run", "record"]
+__all__ = ["Run", "Trial", "make_run", "record"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Run:
         observations: observed values, by site.
         levels: per-level arrays, shape (K,): ``t``, ``log_snr``, ``sigma`` (σ/α, the noise in units of
             the data), ``acceptance_rate``, ``step_size``, ``ess_weights``, ``log_evidence``, ``resampled``,
-            ``survivors`` (distinct ancestors), ``diverging`` (transitions), ``nonfinite`` (chains); with
+            ``survivors`` (distinct ancestors), ``diverging`` (transitions), ``nonfinite`` (chains whose log density or
+            gradient was not finite on entry); with
             both kinds of weights ``gap`` (energy less path, nats); with scores ``loop_integral``
             (root mean square of ∮ s·dx over triangles of one scale, nats).
         attrs: how the run was made, and what it cost.
@@ -150,6 +152,13 @@ class Run:
         print_summary(self, console)
 
 
+class Trial(NamedTuple):
+    """What a pilot pass leaves: how many chains it had, and their statistics by level, as numpy arrays."""
+
+    num_chains: int
+    levels: LevelStats
+
+
 def make_run(
     method: str,
     path: Path,
@@ -194,10 +203,25 @@ def make_run(
 
 
 def record(
-    method: str, path: Path, plan: Plan, ladder: Ladder, result: Anneal, trial: Anneal | None, seconds: float
+    method: str,
+    path: Path,
+    plan: Plan,
+    ladder: Ladder,
+    host: Any,
+    trial: Trial | None,
+    seconds: dict[str, float],
 ) -> Run:
-    """What the compiled programs returned, as a :class:`Run`; ``trial`` is the pilot's."""
-    host = jax.tree.map(np.asarray, result)
+    """What the compiled programs returned, as a :class:`Run`.
+
+    Args:
+        method: the driver's name.
+        path: bound.
+        plan: what was static.
+        ladder: the levels.
+        host: what was returned, as numpy arrays.
+        trial: the pilot's.
+        seconds: what it took.
+    """
     levels = {
         "acceptance_rate": host.levels.acceptance_rate,
         "step_size": host.levels.step_size,
@@ -227,15 +251,15 @@ def record(
     if not plan.weights and plan.num_steps:
         stats["diverging"] = by_chain.stats.is_divergent > 0
     attrs = {
-        "kernel": repr(plan.kernel) if plan.num_steps else repr(plan.predictor),
+        "kernel": repr(plan.kernel) if plan.num_steps else repr(plan.predictor or plan.weights),
         "weights": plan.weights or "none",
         "predictor": repr(plan.predictor),
         "num_warmup": plan.num_warmup,
         "num_steps": plan.num_steps,
         "num_chains": plan.num_chains,
-        "pilot_chains": 0 if trial is None else trial.ancestors.size,
-        "evaluations_per_chain": _evaluations(path, plan, result, trial),
-        "seconds": round(seconds, 3),
+        "pilot_chains": 0 if trial is None else trial.num_chains,
+        "evaluations_per_chain": _evaluations(path, plan, host, trial),
+        **{name: round(value, 3) for name, value in seconds.items()},
     }
     tuning = Tuning(
         host.levels.step_size, host.levels.inverse_mass**0.5, SHORT_SHARE, host.levels.curvature, host.levels.moves
@@ -245,13 +269,13 @@ def record(
         weighted = {
             "particles": _constrained(path, host.position, 1),
             "log_weights": host.log_weights,
-            "_log_evidence": float(host.log_evidence),
+            "_log_evidence": float(host.levels.log_evidence[-1]),
             "_log_evidence_se": _evidence_error(host),
         }
     return make_run(method, path, ladder, by_chain.position, stats, levels, attrs, tuning, **weighted)
 
 
-def _evaluations(path: Path, plan: Plan, result: Anneal, trial: Anneal | None) -> float:
+def _evaluations(path: Path, plan: Plan, result: Anneal, trial: Trial | None) -> float:
     """Gradient evaluations for each chain, with the pilot's and the diagnostics' shared among all."""
     k = result.levels.evaluations.size
     between = 1.0  # the refresh
@@ -263,10 +287,10 @@ def _evaluations(path: Path, plan: Plan, result: Anneal, trial: Anneal | None) -
     made = float(np.sum(result.draws.stats.evaluations))
     made += plan.num_chains * (float(np.sum(result.levels.evaluations)) + k * between + starts)
     if trial is not None:
-        made += trial.ancestors.size * k * (1 if plan.chooses and plan.predictor is not None else 0)
-        made += trial.ancestors.size * (float(np.sum(trial.levels.evaluations)) + k * between)
+        made += trial.num_chains * k * (1 if plan.chooses and plan.predictor is not None else 0)
+        made += trial.num_chains * (float(np.sum(trial.levels.evaluations)) + k * between)
     if path.score_sites:
-        made += 15 * LOOPS * k
+        made += 15 * num_loops(plan) * k
     made /= plan.num_chains
     return int(made) if made == int(made) else round(made, 2)
 
@@ -281,6 +305,10 @@ def _blocks(n: int) -> int:
 
 
 def _evidence_error(host: Anneal) -> float:
+    islands = host.log_evidence.size
+    if islands > 1:
+        shares = np.exp(host.log_evidence - host.levels.log_evidence[-1])  # Z of each over their mean
+        return float(np.std(shares, ddof=1) / np.sqrt(islands))
     n = host.log_weights.size
     families = np.bincount(host.ancestors, np.exp(host.log_weights), n)
     resamplings = int(np.sum(host.levels.resampled))

@@ -35,11 +35,11 @@ def begin(structure: Structure, plan: Plan, constants: Constants, t: jax.Array, 
     """
     n = plan.num_chains
     keys = per_chain(rng_key, n)
-    start, log_start = jax.vmap(_starter(structure, plan, constants, t))(keys)
+    start, log_start = plan.layout.over(_starter(structure, plan, constants, t))(keys)
     nowhere = PartlyKnown(*[lambda _: jnp.zeros(())] * 2)
     chains = jax.vmap(lambda key, q: plan.kernel.init(key, q, nowhere))(keys, start)
     chains = chains._replace(logdensity=log_start)  # what the first weight compares with
-    return Particles(chains, jnp.full(n, -jnp.log(n)), jnp.zeros(()), jnp.arange(n))
+    return Particles(chains, jnp.full(n, -jnp.log(n // plan.num_islands)), jnp.zeros(plan.num_islands), jnp.arange(n))
 
 
 def _starter(

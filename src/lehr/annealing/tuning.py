@@ -131,7 +131,7 @@ def curvature(gradient: Any) -> jax.Array:
     """
 
     def one(g: jax.Array) -> jax.Array:
-        low, high = jnp.quantile(g, jnp.array(ONE_SIGMA), axis=0)
+        low, high = jnp.nanquantile(g, jnp.array(ONE_SIGMA), axis=0)  # a network may have broken somewhere
         logs = 2 * jnp.log(jnp.maximum((high - low) / 2, 1e-12))
         noise = LOG_VARIANCE_NOISE / g.shape[0]
         common = jnp.mean(logs)
@@ -141,8 +141,7 @@ def curvature(gradient: Any) -> jax.Array:
     return ravel_pytree(jax.tree.map(one, gradient))[0]
 
 
-def smooth(log_step: jax.Array, over: int = 5) -> jax.Array:
-    """The running median of a pilot's log step sizes over neighbouring levels: they vary slowly."""
-    padded = jnp.pad(log_step, over // 2, mode="edge")
-    windows = jnp.stack([padded[i : i + log_step.size] for i in range(over)])
-    return jnp.median(windows, 0)
+def smooth(logs: np.ndarray, over: int = 5) -> np.ndarray:
+    """The running median over neighbouring levels of what a pilot found, (K, ...): it varies slowly."""
+    padded = np.pad(logs, [(over // 2, over // 2)] + [(0, 0)] * (logs.ndim - 1), mode="edge")
+    return np.median(np.lib.stride_tricks.sliding_window_view(padded, over, axis=0), -1)

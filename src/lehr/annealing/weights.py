@@ -12,8 +12,13 @@ short. Before the first level x' is a draw from the start, whose density stands 
 
 log Z accumulates log Σ W w at each entry, with W the normalised weights before it.
 
+**Islands** are sets of particles that are resampled each within itself. Each has its own estimate of Z, unbiased as
+all of them are; their mean is the run's, their scatter its error, and in averages an island counts as its Z does.
+
 References:
     Del Moral, Doucet & Jasra, Sequential Monte Carlo samplers, JRSS B 2006.
+    Vergé, Dubarry, Del Moral & Moulines, On parallel implementation of sequential Monte Carlo methods: the island
+    particle model, Statistics and Computing 2015.
 """
 
 from __future__ import annotations
@@ -24,7 +29,10 @@ import jax
 import jax.numpy as jnp
 from blackjax.smc.resampling import systematic
 
-__all__ = ["WEIGHTS", "Particles", "Weights", "follow_path", "weigh"]
+from lehr.annealing.keys import per_chain
+from lehr.annealing.layout import Layout
+
+__all__ = ["WEIGHTS", "Particles", "Weights", "follow_path", "overall", "weigh"]
 
 Weights = Literal["energy", "path", "both"]
 WEIGHTS: tuple[str, ...] = get_args(Weights)
@@ -36,13 +44,13 @@ def follow_path(weights: Weights | None) -> bool:
 
 
 class Particles(NamedTuple):
-    """Chains with weights.
+    """Chains with weights, in islands: stretches of the same number of chains.
 
     Attributes:
         chains: kernel states, stacked.
-        log_weights: normalised, Σ exp = 1.
-        log_evidence: log Z so far.
-        ancestors: which starting point each descends from.
+        log_weights: normalised within each island, Σ exp = 1; (N,).
+        log_evidence: log Z so far, of each island.
+        ancestors: which starting point each descends from, (N,).
     """
 
     chains: Any
@@ -50,35 +58,67 @@ class Particles(NamedTuple):
     log_evidence: jax.Array
     ancestors: jax.Array
 
+    @property
+    def total_log_evidence(self) -> jax.Array:
+        """log of the mean of the islands' Z."""
+        return jax.nn.logsumexp(self.log_evidence) - jnp.log(self.log_evidence.size)
+
+
+def overall(particles: Particles) -> jax.Array:
+    """Log weights normalised over all islands, each counting as its Z does; (N,)."""
+    total = jax.nn.logsumexp(particles.log_evidence)
+    shares = jnp.where(jnp.isfinite(total), particles.log_evidence - total, -jnp.log(particles.log_evidence.size))
+    return particles.log_weights + jnp.repeat(shares, particles.log_weights.size // shares.size)
+
 
 def weigh(
-    particles: Particles, increment: jax.Array, rng_key: jax.Array, threshold: jax.Array
+    particles: Particles, increment: jax.Array, rng_key: jax.Array, threshold: jax.Array, layout: Layout
 ) -> tuple[Particles, jax.Array, jax.Array]:
     """Weigh, account for the evidence, and resample where the weights have become too uneven.
+
+    Each island by itself: where they are as many as the devices, or a multiple, nothing moves between devices.
 
     Args:
         particles: before.
         increment: what each log weight gains, (N,); NaN counts as no weight.
         rng_key: for resampling.
         threshold: resample where ESS < threshold · N.
+        layout: where the chains lie.
 
     Returns:
-        The particles, the effective sample size before resampling, and whether they were resampled.
+        The particles, the effective sample size before resampling, and whether any were resampled.
     """
-    n = particles.log_weights.shape[0]
-    weights = particles.log_weights + increment
-    weights = jnp.where(jnp.isnan(weights), -jnp.inf, weights)  # who once had no weight gets none back
-    gain = jax.nn.logsumexp(weights)
-    alive = jnp.isfinite(gain)
-    weights = jnp.where(alive, weights - gain, -jnp.log(n))
-    ess = jnp.exp(-jax.nn.logsumexp(2 * weights))
-    resample = ess < threshold * n
+    islands = particles.log_evidence.size
 
-    def again() -> tuple[Any, jax.Array, jax.Array]:
-        chosen = systematic(rng_key, jnp.exp(weights), n)
-        chains, ancestors = jax.tree.map(lambda leaf: leaf[chosen], (particles.chains, particles.ancestors))
-        return chains, ancestors, jnp.full(n, -jnp.log(n))
+    def parted(leaf: jax.Array) -> jax.Array:
+        return leaf.reshape(islands, -1, *leaf.shape[1:])
 
-    chains, ancestors, weights = jax.lax.cond(resample, again, lambda: (particles.chains, particles.ancestors, weights))
-    particles = Particles(chains, weights, particles.log_evidence + gain, ancestors)
-    return particles, jnp.where(alive, ess, 0.0), resample
+    def island(
+        chains: Any, log_weights: jax.Array, gained: jax.Array, ancestors: jax.Array, key: jax.Array
+    ) -> tuple[Any, ...]:
+        n = log_weights.shape[0]
+        weights = log_weights + gained
+        weights = jnp.where(jnp.isnan(weights), -jnp.inf, weights)  # who once had no weight gets none back
+        gain = jax.nn.logsumexp(weights)
+        weights = jnp.where(jnp.isfinite(gain), weights - gain, -jnp.log(n))
+        ess = jnp.exp(-jax.nn.logsumexp(2 * weights))
+        resample = ess < threshold * n
+
+        def again() -> tuple[Any, jax.Array, jax.Array]:
+            chosen = systematic(key, jnp.exp(weights), n)
+            return *jax.tree.map(lambda leaf: leaf[chosen], (chains, ancestors)), jnp.full(n, -jnp.log(n))
+
+        chains, ancestors, after = jax.lax.cond(resample, again, lambda: (chains, ancestors, weights))
+        return chains, after, ancestors, gain, weights, resample
+
+    local = islands % layout.num_shards == 0
+    each: Any = layout.over(island, in_batches=False) if local else jax.vmap(island)
+    parts = jax.tree.map(parted, (particles.chains, particles.log_weights, increment, particles.ancestors))
+    chains, after, ancestors, gain, before, resampled = each(*parts, per_chain(rng_key, islands))
+    chains, after, ancestors, before = jax.tree.map(
+        lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (chains, after, ancestors, before)
+    )
+    weighed = Particles(chains, after, particles.log_evidence + gain, ancestors)
+    total = overall(weighed._replace(log_weights=before))
+    ess = jnp.exp(-jax.nn.logsumexp(2 * total))
+    return weighed, jnp.where(jnp.any(jnp.isfinite(gain)), ess, 0.0), jnp.any(resampled)

@@ -29,13 +29,13 @@ import optax
 from flax import nnx
 from numpy.typing import ArrayLike
 
+from lehr.keeper import Keeper
 from lehr.networks import Network
 from lehr.potentials.base import Potential, ScorePotential, replace
 from lehr.potentials.network import EnergyNetwork
 from lehr.training.data import Sampler, as_sampler
 from lehr.training.denoising import WEIGHTINGS, Weighting, denoising_score_matching
 from lehr.training.dual import Losses, dual_score_matching
-from lehr.training.resume import Keeper
 
 __all__ = ["Recipe", "average", "drop_labels", "fit"]
 
@@ -159,8 +159,10 @@ def fit(
 
     run_chunk = jax.jit(lambda progress, steps: jax.lax.scan(step, progress, steps))
     progress, done = Progress(params, params, optimiser.init(params)), 0
-    with Keeper(folder, {**dataclasses.asdict(recipe), "chunk": chunk}, rng_key) as keeper:
-        progress, done = keeper.restore(progress)
+    seed = np.asarray(jax.random.key_data(rng_key)).tolist()
+    with Keeper(folder, {**dataclasses.asdict(recipe), "chunk": chunk, "seed": seed}) as keeper:
+        if keeper.step is not None:
+            progress, done = keeper.restore(progress), keeper.step
         for start in range(done, recipe.num_steps, chunk):
             stop = min(start + chunk, recipe.num_steps)
             progress, losses = run_chunk(progress, jnp.arange(start, stop))

@@ -1,0 +1,150 @@
+r"""What the host does while a compiled program takes chains down a ladder.
+
+The program is run in *segments* of some stages each. Between two segments a meter is told, the state is kept, and
+a signal is obeyed. How long segments are changes nothing in the result: the program is the same, and every stage
+draws from keys of its own. So a run that was stopped, or killed, goes on from what was kept, and ends as if it
+never had been.
+
+Segments last about a fifth of a second where somebody watches, some seconds where only a checkpoint is
+made, and as long as the run where neither is wanted.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self, TypeVar
+
+import jax
+
+from lehr.annealing.progress import NoMeter, ProgressMeter, Standing
+from lehr.keeper import Keeper
+
+__all__ = ["Session"]
+
+T = TypeVar("T")
+WATCHED, KEPT = 0.2, 5.0  # seconds of a segment
+SAVING_SHARE = 0.05  # of the time, at most, goes into copying a state that is kept
+
+
+class Session:
+    """A context around one run.
+
+    Args:
+        label: what runs.
+        meter: is told how far it is.
+        folder: where the run is kept, or None.
+        facts: what determines the run, see :class:`~lehr.keeper.Keeper`.
+        resume: whether to go on with what the folder holds.
+
+    Raises:
+        ValueError: if the folder holds another run, or this one and it is not to be resumed, or if there is
+            nothing to resume from since no folder was given.
+    """
+
+    def __init__(
+        self, label: str, meter: ProgressMeter, folder: str | Path | None, facts: dict[str, Any], resume: bool
+    ) -> None:
+        if resume and folder is None:
+            raise ValueError(
+                f"resume=True goes on from a checkpoint, and this {label} keeps none; make it with checkpoint=<folder>."
+            )
+        self.label, self.meter, self.facts, self.resume = label, meter, facts, resume
+        self.folder = None if folder is None else Path(folder)
+        self.seconds_compiling = 0.0  # and making the first states
+        self._signal: int | None = None
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if self.folder is not None and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._hear)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    def run(
+        self,
+        part: str,
+        total: int,
+        begin: Callable[[], T],
+        like: Callable[[], T],
+        advance: Callable[[T, int], T],
+        stand: Callable[[T], dict[str, float]],
+    ) -> T:
+        """One part of the run, from its beginning, or from where it was kept, to its end.
+
+        Args:
+            part: its name; what is kept of it lies in a folder of that name.
+            total: stages.
+            begin: makes the first state.
+            like: the shapes of a state, and how it is laid out.
+            advance: takes a state on until so many stages are done.
+            stand: what a :class:`~lehr.annealing.progress.Standing` says of a state.
+
+        Raises:
+            KeyboardInterrupt, SystemExit: after a signal, once the state has been kept.
+        """
+        self.meter.begin(f"{self.label} {part}", total)
+        try:
+            with Keeper(None if self.folder is None else self.folder / part, self.facts) as keeper:
+                return self._go(part, total, keeper, begin, like, advance, stand)
+        finally:
+            self.meter.end()
+
+    def _go(
+        self,
+        part: str,
+        total: int,
+        keeper: Keeper,
+        begin: Callable[[], T],
+        like: Callable[[], T],
+        advance: Callable[[T, int], T],
+        stand: Callable[[T], dict[str, float]],
+    ) -> T:
+        if keeper.step is not None and not self.resume:
+            raise ValueError(
+                f"{self.folder} holds this run, {keeper.step} of {total} stages of its {part} done. Go on with "
+                "run(..., resume=True), or remove the folder, or choose another."
+            )
+        started, done = time.monotonic(), keeper.step or 0
+        state = begin() if keeper.step is None else keeper.restore(like())
+        if done < total:
+            state = jax.block_until_ready(advance(state, done))  # compiles, and does nothing
+        self.seconds_compiling += time.monotonic() - started
+        longest = WATCHED if not isinstance(self.meter, NoMeter) else KEPT if self.folder is not None else float("inf")
+        pace, copying, kept_at = longest, 0.0, time.monotonic()
+        while done < total:
+            count = total - done if longest == float("inf") else int(min(max(longest / pace, 1), total - done))
+            started = time.monotonic()
+            state = jax.block_until_ready(advance(state, done + count))
+            pace, done = (time.monotonic() - started) / count, done + count
+            self.meter.update(Standing(done=done, total=total, seconds_left=pace * (total - done), **stand(state)))
+            if done == total or self._signal or time.monotonic() - kept_at > max(KEPT, copying / SAVING_SHARE):
+                started = time.monotonic()
+                keeper.save(done, state)
+                kept_at = time.monotonic()
+                copying = kept_at - started
+            if self._signal and done < total:
+                self._stop(part, done, total)
+        return state
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self._signal is not None:  # told twice: at once
+            raise KeyboardInterrupt
+        self._signal = number
+
+    def _stop(self, part: str, done: int, total: int) -> None:
+        said = f"stopped at stage {done} of {total} of the {part}; run(..., resume=True) goes on from there."
+        if self._signal == signal.SIGTERM:
+            raise SystemExit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt(said)
