@@ -8,7 +8,7 @@ import sys
 import jax
 import numpy as np
 
-if len(sys.argv) > 2:
+if __name__ == "__main__" and len(sys.argv) > 2:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
 

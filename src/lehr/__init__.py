@@ -20,6 +20,7 @@ from lehr.diagnostics.calibration import Calibration, sbc
 from lehr.diagnostics.tree import from_netcdf
 from lehr.kernels import GHMC, HMC, MALA, MCLMC, NUTS, UHMC, ULA, Barker, Kernel
 from lehr.likelihood import LogLikelihood, log_likelihood
+from lehr.networks.lighten import lighten
 from lehr.potentials.analytic import ExactPotential, Gaussian, GaussianMixture, Uniform
 from lehr.potentials.base import EnergyPotential, Potential, ScorePotential
 from lehr.potentials.contrast import Contrast
@@ -87,6 +88,7 @@ __all__ = [
     "fit",
     "from_netcdf",
     "guidance",
+    "lighten",
     "load",
     "log_likelihood",
     "noise_level",

@@ -68,7 +68,7 @@ def test_batches_are_at_most_as_large_as_memory_allows_and_change_nothing(n, max
     got, expected = layout.over(once)(keys, x), jax.vmap(once)(keys, x)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, expected)
     text = str(jax.make_jaxpr(layout.over(lambda x: x * 2))(x))
-    assert ("scan" in text) == (parts > 1)
+    assert ("scan" in text) == (batches > 1)
 
 
 def test_a_run_in_batches_is_the_run_at_once():

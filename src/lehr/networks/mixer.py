@@ -87,7 +87,7 @@ class PatchMixer(Described):
         e = self.embed_c(fourier(self.c_frequencies[...] * c))
         if self.num_classes:
             e = e + self.embed_label(jnp.asarray(self.num_classes if label is None else label))
-        e = nnx.silu(e)
+        e = nnx.silu(e).astype(x.dtype)
         for block in self.blocks:
             h = block(h, e)
         return self._image(self.readout(_normalise(h)), x.shape)

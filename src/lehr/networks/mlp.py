@@ -92,10 +92,11 @@ class ResidualMLP(Described):
         if self.data_std is not None:
             noise = jax.nn.sigmoid(2 * (c - math.log(self.data_std)))
             features *= jnp.tile(jnp.exp(-2 * math.pi**2 * noise * jnp.sum(frequencies**2, -1)), 2)
-        h = self.embed_x(jnp.concatenate([flat, features]))
+        h = self.embed_x(jnp.concatenate([flat, features.astype(x.dtype)]))
         e = self.embed_c(fourier(self.c_frequencies[...] * c))
         if self.num_classes:
             e = e + self.embed_label(jnp.asarray(self.num_classes if label is None else label))
+        e = e.astype(x.dtype)
         for block in self.blocks:
             h = block(h, nnx.silu(e))
         out = _saturate(self.readout(nnx.silu(h)), self.limit)

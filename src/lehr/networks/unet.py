@@ -90,13 +90,14 @@ class UNet(nnx.Module):
         Returns:
             The shape of x.
         """
-        c = jnp.asarray(c, x.dtype)
+        c = jnp.asarray(c, jnp.promote_types(x.dtype, jnp.float32))
         e = self.time_embedding(self.time_proj(c))
         if self.class_embedding is not None:
             if label is None:
                 raise ValueError("this U-Net has classes and is called with a label: unet(x, c, label).")
             embed_as_time = isinstance(self.class_embedding, TwoLayers)
-            e += self.class_embedding(self.time_proj(jnp.asarray(label, x.dtype)) if embed_as_time else label)
+            e += self.class_embedding(self.time_proj(jnp.asarray(label, c.dtype)) if embed_as_time else label)
+        e = e.astype(x.dtype)
         h = self.conv_in(jnp.moveaxis(2 * x - 1 if self.config.center_input_sample else x, 0, -1))
         kept = [h]
         for down in self.down_blocks:
