@@ -84,15 +84,15 @@ def test_a_network_in_bfloat16_computes_in_it(name):
 
 
 def test_a_deep_networks_gradient_keeps_less():
+    """What is held between the way there and the way back, whatever a compiler makes of it."""
     module = PatchMixer((32, 32), patch=4, width=128, num_blocks=12, rngs=nnx.Rngs(0))
-    p = lehr.EnergyNetwork(awake(module), lehr.VPCosine(), (32, 32), head="inner")
-    x = jnp.zeros((16, 32, 32))
+    p = lehr.EnergyNetwork(module, lehr.VPCosine(), (32, 32), head="inner")
 
-    def bytes_of(p):
-        gradient = jax.jit(jax.vmap(jax.grad(lambda x: p.log_density(x, T))))
-        return gradient.lower(x).compile().memory_analysis().temp_size_in_bytes
+    def kept(p):
+        held = jax.eval_shape(lambda x: jax.vjp(lambda x: p.log_density(x, T), x)[1], jnp.zeros((32, 32)))
+        return sum(leaf.size for leaf in jax.tree.leaves(held)) - sum(leaf.size for leaf in jax.tree.leaves(p))
 
-    assert bytes_of(lehr.lighten(p, remat=True)) < 0.6 * bytes_of(p)
+    assert kept(lehr.lighten(p, remat=True)) < 0.2 * kept(p)
 
 
 def test_every_network_of_a_composition_is_lightened():

@@ -2,7 +2,8 @@ r"""Networks that take less memory: half the bits, or activations computed twice
 
 A gradient through a deep network keeps the activations of every layer until it comes back to it. With *remat* each
 block keeps its input only and is computed again on the way back: memory falls from that of all layers to
-that of one and the blocks' inputs, for about a third more time.
+that of one and the blocks' inputs, for about a third more time. XLA on CPU schedules for speed and undoes most of it,
+unless told not to by ``XLA_FLAGS=--xla_cpu_enable_concurrency_optimized_scheduler=false``.
 
 In bfloat16 a network has eight bits of mantissa. What it is told of the noise, its fixed frequencies and what
 it returns stay in float32, and so does all that is made of it: energies, scores, weights.
