@@ -59,11 +59,15 @@ class Layout(NamedTuple):
         """``tree`` on every device."""
         return tree if self.mesh is None else jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
 
-    def spread(self, tree: Any, axis: int = 0) -> Any:
-        """``tree``, within a compiled program, with the chains along ``axis`` of its leaves spread over the devices."""
+    def spread(self, tree: Any, axis: int | None = 0) -> Any:
+        """``tree``, within a compiled program, with the chains along ``axis`` of its leaves spread over the devices.
+
+        Without an axis it is on every device.
+        """
         if self.mesh is None:
             return tree
-        sharding = NamedSharding(self.mesh, PartitionSpec(*[None] * axis, self.axis))
+        spec = PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, self.axis)
+        sharding = NamedSharding(self.mesh, spec)
         return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, sharding), tree)
 
     def gathered(self, tree: Any) -> Any:

@@ -259,11 +259,12 @@ def _put(rows: Any, row: Any, i: jax.Array) -> Any:
 
 
 def _laid_out(state: State, plan: Plan) -> State:
-    """The same state, with its chains on the devices that they belong to."""
-    particles = state.particles
-    chains, log_weights, ancestors = plan.layout.spread((particles.chains, particles.log_weights, particles.ancestors))
-    particles = particles._replace(chains=chains, log_weights=log_weights, ancestors=ancestors)
-    return state._replace(particles=particles, draws=plan.layout.spread(state.draws, axis=1))
+    """The same state, with its chains on the devices that they belong to, and all else on every one."""
+    layout, particles, draws = plan.layout, state.particles, state.draws
+    chains, log_weights, ancestors = layout.spread((particles.chains, particles.log_weights, particles.ancestors))
+    shared = layout.spread(state._replace(particles=particles.log_evidence, draws=()), axis=None)  # type: ignore[arg-type]
+    particles = Particles(chains, log_weights, shared.particles, ancestors)
+    return shared._replace(particles=particles, draws=layout.spread(draws, axis=1))
 
 
 def _still(points: tuple[Position, jax.Array]) -> Draws:

@@ -93,12 +93,12 @@ class Program(NamedTuple):
 
         def stand(state: State) -> dict[str, float]:
             k = min(int(state.done), len(self.ladder)) - 1
-            levels = state.levels
+            acceptance, ess = np.asarray(state.levels.acceptance_rate), np.asarray(state.levels.ess)
             known = plan.num_steps > 0 and ("unknown" not in self.structure or plan.kernel.integrates_score)
             return {
                 "sigma": float(sigma[k]),
-                "acceptance_rate": float(levels.acceptance_rate[k]) if known else float("nan"),
-                "ess": float(levels.ess[k]) / plan.num_chains,
+                "acceptance_rate": float(acceptance[k]) if known else float("nan"),
+                "ess": float(ess[k]) / plan.num_chains,
             }
 
         total = num_stages(plan, len(self.ladder))

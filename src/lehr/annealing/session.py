@@ -20,6 +20,8 @@ from types import FrameType, TracebackType
 from typing import Any, Self, TypeVar
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from lehr.annealing.progress import NoMeter, ProgressMeter, Standing
 from lehr.keeper import Keeper
@@ -125,17 +127,21 @@ class Session:
         pace, copying, kept_at = longest, 0.0, time.monotonic()
         while done < total:
             count = total - done if longest == float("inf") else int(min(max(longest / pace, 1), total - done))
+            count = _first_says(count)
             started = time.monotonic()
             state = jax.block_until_ready(advance(state, done + count))
             pace, done = (time.monotonic() - started) / count, done + count
             self.meter.update(Standing(done=done, total=total, seconds_left=pace * (total - done), **stand(state)))
-            if done == total or self._signal or time.monotonic() - kept_at > max(KEPT, copying / SAVING_SHARE):
+            told = _anyone_says(self._signal or 0)
+            due = _first_says(time.monotonic() - kept_at > max(KEPT, copying / SAVING_SHARE))
+            if done == total or told or due:
                 started = time.monotonic()
                 keeper.save(done, state)
                 kept_at = time.monotonic()
                 copying = kept_at - started
-            if self._signal and done < total:
-                self._stop(part, done, total)
+            if told and done < total:
+                said = f"stopped at stage {done} of {total} of the {part}; run(..., resume=True) goes on from there."
+                raise SystemExit(128 + told) if told == signal.SIGTERM else KeyboardInterrupt(said)
         return state
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
@@ -143,8 +149,12 @@ class Session:
             raise KeyboardInterrupt
         self._signal = number
 
-    def _stop(self, part: str, done: int, total: int) -> None:
-        said = f"stopped at stage {done} of {total} of the {part}; run(..., resume=True) goes on from there."
-        if self._signal == signal.SIGTERM:
-            raise SystemExit(128 + signal.SIGTERM)
-        raise KeyboardInterrupt(said)
+
+def _first_says(value: int) -> int:
+    """What the first process says: their clocks differ, and all must take the same segments."""
+    return value if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+def _anyone_says(number: int) -> int:
+    """A signal that one of the processes was sent, or 0: all end after the same stage."""
+    return number if jax.process_count() == 1 else int(np.max(multihost_utils.process_allgather(np.asarray(number))))
