@@ -6,13 +6,11 @@ there, unadjusted kernels leave out the last level. `python benchmarks/ring_time
 """
 
 import sys
-import types
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from report import report
+from reverse import SummedScores, cosine
 
 import lehr
 from lehr.zoo.targets import target
@@ -28,41 +26,6 @@ RING_BAR = {
 }
 
 
-def cosine(num_steps=100):
-    """The reference's schedule, ᾱ_i from the cosine with β clipped at .999."""
-    f = np.cos((np.arange(num_steps + 1) / num_steps + 0.008) / 1.008 * np.pi / 2) ** 2
-    return lehr.DiscreteSchedule(np.cumprod(np.minimum(f[1:] / f[:-1], 1).clip(0.001)))
-
-
-class SummedScores:
-    """The reference's own reverse sampler: from N(0, I), noise of variance β_i in every step, the last included.
-
-    :class:`lehr.Reverse` takes the variance of the posterior q(x_{i-1} | x_i, x_0) and ends at the last level.
-    """
-
-    def __init__(self, prior):
-        self.prior, step = prior, prior.schedule.step(1.0)
-        clean = np.asarray(prior.schedule.alpha(jnp.arange(int(step) + 1) / step)) ** 2
-        self.levels = clean, np.concatenate([[1.0], clean[:-1]])
-
-    def run(self, seed):
-        def level(x, now):
-            t, clean, cleaner, key = now
-            beta = 1 - clean / cleaner
-            mean = (x + beta * jax.vmap(self.prior.score, (0, None))(x, t)) / jnp.sqrt(1 - beta)
-            return mean + jnp.sqrt(beta) * jax.random.normal(key, x.shape), None
-
-        clean, cleaner = (jnp.asarray(table[::-1]) for table in self.levels)
-        keys = jax.random.split(jax.random.key(seed), len(clean) + 1)
-        times = jnp.linspace(1.0, 0.0, len(clean))
-        x = jax.lax.scan(level, jax.random.normal(keys[0], (N, 2)), (times, clean, cleaner, keys[1:]))[0]
-        self.samples = {"x": np.asarray(x)}
-        return types.SimpleNamespace(attrs={"evaluations_per_chain": len(clean)}, log_weights=None)
-
-    def get_samples(self):
-        return self.samples
-
-
 def reference(prior):
     schedule = cosine()
     prior = lehr.with_schedule(prior, schedule)
@@ -74,7 +37,8 @@ def reference(prior):
         return lehr.AnnealedMCMC(prior, kernel, ladder, 10, **how)
 
     return {
-        "reference: reverse, summed scores": SummedScores(prior),
+        "reference: reverse, summed scores": SummedScores(prior, N),
+        "Reverse on its levels": lehr.Reverse(prior, "ancestral", whole, N, progress=False),
         "reference: ULA": chains(lehr.ULA(), short, np.sqrt(0.002)),
         "reference: MALA": chains(lehr.MALA(), whole, np.sqrt(0.002)),
         "reference: U-HMC": chains(lehr.UHMC(3), short, 0.03),
@@ -101,7 +65,6 @@ def ours(prior):
         "AnnealedMCMC, HMC": mcmc(lehr.HMC(3), 28, 1, **tuned),
         "AnnealedMCMC, HMC from scores": mcmc(lehr.HMC(3, **SCORES), 28, 1, **tuned),
         "AnnealedMCMC, HMC, heun": mcmc(lehr.HMC(3), 25, 1, predictor="heun", **tuned),
-        "Reverse, ancestral": lehr.Reverse(prior, "ancestral", 100, N, progress=False),
         "Reverse, heun": lehr.Reverse(prior, "heun", 100, N, progress=False),
     }
 
