@@ -113,7 +113,7 @@ class Driver:
                 other way round.
         """
         rng_key = as_key(rng_key)
-        self._run = self._sample(self.prepare(self.bind(*args, **kwargs)), rng_key)
+        self._run = self.sample(self.prepare(self.bind(*args, **kwargs)), rng_key)
         return self._run
 
     def bind(self, *args: Any, **kwargs: Any) -> Path:
@@ -191,8 +191,8 @@ class Driver:
         """The run for ArviZ, with further groups such as ``prior=``; see :meth:`lehr.Run.to_arviz`."""
         return self.last_run.to_arviz(**groups)
 
-    def _sample(self, program: Program, rng_key: jax.Array) -> Run:
-        """Tune, and go down the ladder once."""
+    def sample(self, program: Program, rng_key: jax.Array) -> Run:
+        """Tune, and go down the ladder once; :meth:`run` on what :meth:`prepare` returned."""
         path, plan, ladder = program.path, program.plan, program.ladder
         started = time.monotonic()
         with progress_bar(type(self).__name__, len(ladder)) if self.progress else contextlib.nullcontext():

@@ -115,7 +115,7 @@ class ReplicaExchange(Driver):
         )
         return self._run
 
-    def _sample(self, program: Program, rng_key: jax.Array) -> Run:
+    def sample(self, program: Program, rng_key: jax.Array) -> Run:
         """Tune, start anew at every level, warm up, and draw."""
         started = time.monotonic()
         key_pilot, key_start, key_run = jax.random.split(rng_key, 3)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lehr.annealing.ladder import Ladder
 from lehr.annealing.loop import Anneal, anneal
@@ -49,10 +50,34 @@ class Program(NamedTuple):
         """
         return cls(path, plan, ladder, *close(path, (*ALWAYS, *_needed(path, plan), *optional)))
 
+    def exchange(self, old: Any, new: Any) -> Program:
+        """The same program with other data: what is an array of ``old`` gives place to that of ``new``.
+
+        Args:
+            old: arrays among the arguments of the path; any tree.
+            new: others of the same shapes and types.
+
+        An array that the model made of ``old`` before it was traced stays as it is; :meth:`is_like` tells.
+        """
+        places = {id(a): b for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)}
+        swap = lambda tree: jax.tree.map(lambda leaf: places.get(id(leaf), leaf), tree)  # noqa: E731
+        return self._replace(path=self.path.with_data(swap), constants=swap(self.constants))
+
+    def is_like(self, other: Program) -> bool:
+        """Whether the two compute the same, with the same data."""
+        mine, theirs = (jax.tree.leaves((p.constants, p.ladder.times)) for p in (self, other))
+        return (
+            self.structure == other.structure
+            and self.plan == other.plan
+            and len(mine) == len(theirs)
+            and all(_same(a, b) for a, b in zip(mine, theirs, strict=True))
+        )
+
     @property
     def dimension(self) -> int:
         """D: how many numbers a position has, over all latent sites."""
-        return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(self.path.init, jax.random.key(0))))
+        start = jax.eval_shape(self.structure.init, self.constants, jax.random.key(0), jnp.ones(()))
+        return sum(leaf.size for leaf in jax.tree.leaves(start))
 
     def anneal(self, plan: Plan, tuning: Tuning, rng_key: jax.Array, threshold: float) -> Anneal:
         """The level loop, compiled if it is new, and run to its end; see :func:`~lehr.annealing.loop.anneal`."""
@@ -69,6 +94,12 @@ class Program(NamedTuple):
                 threshold=jnp.asarray(threshold, float),
             )
         )
+
+
+def _same(a: Any, b: Any) -> bool:
+    if jnp.issubdtype(jnp.result_type(a), jax.dtypes.prng_key):
+        a, b = jax.random.key_data(a), jax.random.key_data(b)
+    return np.array_equal(np.asarray(a), np.asarray(b))
 
 
 def _needed(path: Path, plan: Plan) -> list[str]:
