@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from report import report
+from reverse import SummedScores, cosine
 
 import lehr
 from lehr.zoo.targets import target
@@ -25,12 +26,6 @@ RING_BAR = {
 }
 
 
-def cosine(num_steps=100):
-    """The reference's schedule, ᾱ_i from the cosine with β clipped at .999."""
-    f = np.cos((np.arange(num_steps + 1) / num_steps + 0.008) / 1.008 * np.pi / 2) ** 2
-    return lehr.DiscreteSchedule(np.cumprod(np.minimum(f[1:] / f[:-1], 1).clip(0.001)))
-
-
 def reference(prior):
     schedule = cosine()
     prior = lehr.with_schedule(prior, schedule)
@@ -42,7 +37,8 @@ def reference(prior):
         return lehr.AnnealedMCMC(prior, kernel, ladder, 10, **how)
 
     return {
-        "reference: reverse, summed scores": lehr.Reverse(prior, "ancestral", whole, N, progress=False),
+        "reference: reverse, summed scores": SummedScores(prior, N),
+        "Reverse on its levels": lehr.Reverse(prior, "ancestral", whole, N, progress=False),
         "reference: ULA": chains(lehr.ULA(), short, np.sqrt(0.002)),
         "reference: MALA": chains(lehr.MALA(), whole, np.sqrt(0.002)),
         "reference: U-HMC": chains(lehr.UHMC(3), short, 0.03),

@@ -125,7 +125,7 @@ class Driver:
                 other way round.
         """
         rng_key = as_key(rng_key)
-        self._run = self._sample(self.prepare(self.bind(*args, **kwargs)), rng_key, resume)
+        self._run = self.sample(self.prepare(self.bind(*args, **kwargs)), rng_key, resume)
         return self._run
 
     def bind(self, *args: Any, **kwargs: Any) -> Path:
@@ -222,8 +222,8 @@ class Driver:
             )
         return Session(type(self).__name__, meter, self.checkpoint, facts, resume)
 
-    def _sample(self, program: Program, rng_key: jax.Array, resume: bool) -> Run:
-        """Tune, and go down the ladder once."""
+    def sample(self, program: Program, rng_key: jax.Array, resume: bool = False) -> Run:
+        """Tune, and go down the ladder once; :meth:`run` on what :meth:`prepare` returned."""
         path, plan, ladder = program.path, program.plan, program.ladder
         started = time.monotonic()
         with self.session(program, rng_key, resume, as_meter(self.progress)) as session:

@@ -116,7 +116,7 @@ class ReplicaExchange(Driver):
         )
         return self._run
 
-    def _sample(self, program: Program, rng_key: jax.Array, resume: bool) -> Run:
+    def sample(self, program: Program, rng_key: jax.Array, resume: bool = False) -> Run:
         """Tune, start anew at every level, warm up, and draw."""
         started = time.monotonic()
         key_pilot, key_start, key_run = jax.random.split(rng_key, 3)

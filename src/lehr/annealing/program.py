@@ -55,10 +55,34 @@ class Program(NamedTuple):
         """
         return cls(path, plan, ladder, *close(path, (*ALWAYS, *_needed(path, plan), *optional)))
 
+    def exchange(self, old: Any, new: Any) -> Program:
+        """The same program with other data: what is an array of ``old`` gives place to that of ``new``.
+
+        Args:
+            old: arrays among the arguments of the path; any tree.
+            new: others of the same shapes and types.
+
+        An array that the model made of ``old`` before it was traced stays as it is; :meth:`is_like` tells.
+        """
+        places = {id(a): b for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)}
+        swap = lambda tree: jax.tree.map(lambda leaf: places.get(id(leaf), leaf), tree)  # noqa: E731
+        return self._replace(path=self.path.with_data(swap), constants=swap(self.constants))
+
+    def is_like(self, other: Program) -> bool:
+        """Whether the two compute the same, with the same data."""
+        mine, theirs = (jax.tree.leaves((p.constants, p.ladder.times)) for p in (self, other))
+        return (
+            self.structure == other.structure
+            and self.plan == other.plan
+            and len(mine) == len(theirs)
+            and all(_same(a, b) for a, b in zip(mine, theirs, strict=True))
+        )
+
     @property
     def dimension(self) -> int:
         """D: how many numbers a position has, over all latent sites."""
-        return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(self.path.init, jax.random.key(0))))
+        start = jax.eval_shape(self.structure.init, self.constants, jax.random.key(0), jnp.ones(()))
+        return sum(leaf.size for leaf in jax.tree.leaves(start))
 
     def facts(self, **others: Any) -> dict[str, Any]:
         """What determines a run: the model, its data, the plan and the levels, and ``others``; in JSON's types."""
@@ -116,10 +140,19 @@ def digest(tree: Any) -> str:
     for leaf in jax.tree.leaves(tree):
         if id(leaf) not in seen:  # functions share their constants
             seen.add(id(leaf))
-            value = np.asarray(leaf)
+            value = _numbers(leaf)
             said.update(f"{value.dtype}{value.shape}".encode())
             said.update(np.ascontiguousarray(value).tobytes())
     return said.hexdigest()[:16]
+
+
+def _same(a: Any, b: Any) -> bool:
+    return np.array_equal(_numbers(a), _numbers(b))
+
+
+def _numbers(leaf: Any) -> np.ndarray:
+    is_key = jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
 
 
 def _needed(path: Path, plan: Plan) -> list[str]:

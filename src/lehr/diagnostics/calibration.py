@@ -13,11 +13,13 @@ References:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from numpyro import handlers
 from numpyro.infer import Predictive
@@ -29,6 +31,7 @@ from lehr.annealing.driver import Driver
 from lehr.annealing.drivers import AnnealedSMC
 from lehr.annealing.keys import as_key
 from lehr.annealing.ladder import check_count
+from lehr.annealing.program import Program
 from lehr.annealing.run import Run
 from lehr.programs.path import Path
 
@@ -147,15 +150,42 @@ def sbc(
     truth = _simulate(driver.path.model, prior, key_prior, num_simulations, args, kwargs)
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key_rank)))
     ranks: dict[str, list[int]] = {}
+    infer = _Inference(driver, args, kwargs)
     for i, key in enumerate(jax.random.split(key_run, num_simulations)):
-        given = {name: truth[name][i] for name in observed}
-        path = Path(handlers.condition(driver.path.model, data=given), driver.path.guidance)(*args, **kwargs)
-        posterior = _draws(driver.on(path).run(key), num_draws, rng)
+        given = {name: jnp.asarray(truth[name][i]) for name in observed}
+        posterior = _draws(infer(key, given), num_draws, rng)
         true = {name: value[i] for name, value in truth.items() if name in posterior}
         for name, (value, others) in _quantities(true, posterior, quantities).items():
             below, ties = np.sum(others < value), np.sum(others == value)
             ranks.setdefault(name, []).append(int(below + rng.integers(ties + 1)))
     return Calibration({name: np.array(found) for name, found in ranks.items()}, num_draws)
+
+
+class _Inference:
+    """``infer(key, data) -> Run``. Tracing a model takes longer than sampling a small one, so that it is done twice
+    only: where the data of the second simulation are all that sets its program apart from that of the first, they
+    take each other's place in it from then on."""
+
+    def __init__(self, driver: Driver, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        model = driver.path.model
+        self.driver, self.args, self.kwargs = copy.copy(driver), args, kwargs
+        self.unbound = Path(lambda data, *a, **k: handlers.condition(model, data=data)(*a, **k), driver.path.guidance)
+        self.programs: list[tuple[Program, dict[str, jax.Array]]] = []
+        self.is_shared: bool | None = None if type(driver).run is Driver.run else False
+
+    def __call__(self, rng_key: jax.Array, data: dict[str, jax.Array]) -> Run:
+        if self.is_shared:
+            program, old = self.programs[0]
+            return self.driver.sample(program.exchange(old, data), rng_key)
+        path = self.unbound(data, *self.args, **self.kwargs)
+        if self.is_shared is False:
+            return self.driver.on(path).run(rng_key)
+        program = self.driver.prepare(path)
+        self.programs.append((program, data))
+        if len(self.programs) > 1:
+            first, old = self.programs[0]
+            self.is_shared = first.exchange(old, data).is_like(program)
+        return self.driver.sample(program, rng_key)
 
 
 def _simulate(model: Any, prior: Any, rng_key: jax.Array, size: int, args: Any, kwargs: Any) -> Draws:

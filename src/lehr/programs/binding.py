@@ -6,8 +6,9 @@ there, before anything is compiled. What depends on what is read off the traced 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +86,17 @@ class Binding:
                 "path = lehr.Path(model)(y=y), or Path(model)() if the model takes none."
             )
         return self._arguments
+
+    def with_data(self, exchange: Callable[[Any], Any]) -> Self:
+        """The same, with other arrays in place of those of its arguments and observations.
+
+        Args:
+            exchange: of a tree, gives that tree with other arrays of the same shapes and types.
+        """
+        binding = copy.copy(self)
+        binding._arguments = exchange(self.bound_arguments())
+        binding.observations = exchange(self.observations)
+        return binding
 
     def refuse_scores(self, who: str) -> None:
         """Raise the TypeError of :meth:`Potential.at` if a factor is known through its score only."""
