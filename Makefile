@@ -43,7 +43,8 @@ notebooks: $(INSTALLED)
 	XLA_FLAGS=--xla_cpu_multi_thread_eigen=false $(VENV)/bin/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 
 bench: $(INSTALLED)
-	for script in benchmarks/*.py; do $(VENV)/bin/python $$script || exit 1; done
+	for script in $$(ls benchmarks/*.py | grep -v report.py); do $(VENV)/bin/python $$script || exit 1; done
+	$(VENV)/bin/python benchmarks/report.py
 
 clean:
 	rm -rf $(VENV) .venv-* out .jax_cache .mypy_cache .pytest_cache .ruff_cache
