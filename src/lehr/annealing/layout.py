@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -57,7 +58,21 @@ class Layout(NamedTuple):
 
     def shared(self, tree: Any) -> Any:
         """``tree`` on every device."""
-        return tree if self.mesh is None else jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+        if self.mesh is None:
+            return tree
+        sharding = NamedSharding(self.mesh, PartitionSpec())
+        if not self.mesh.is_multi_process:
+            return jax.device_put(tree, sharding)
+
+        def one(leaf: Any) -> jax.Array:
+            if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
+                return jax.jit(jax.random.wrap_key_data, static_argnames="impl")(
+                    one(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf)
+                )
+            value = np.asarray(leaf)
+            return jax.make_array_from_callback(value.shape, sharding, lambda where: value[where])
+
+        return jax.tree.map(one, tree)
 
     def spread(self, tree: Any, axis: int | None = 0) -> Any:
         """``tree``, within a compiled program, with the chains along ``axis`` of its leaves spread over the devices.

@@ -110,10 +110,18 @@ def _open(name: str, jaxpr: Any, treedef: Any) -> Callable[..., Any]:
     """``jaxpr`` as a function of the constants and of its own arguments."""
 
     def function(constants: Constants, *arguments: Any) -> Any:
-        closed = ClosedJaxpr(jaxpr, constants[name])
-        return jax.tree.unflatten(treedef, jaxpr_as_fun(closed)(*jax.tree.leaves(arguments)))
+        told, leaves = _within((constants[name], jax.tree.leaves(arguments)))
+        return jax.tree.unflatten(treedef, jaxpr_as_fun(ClosedJaxpr(jaxpr, told))(*leaves))
 
     return function
+
+
+def _within(tree: Any) -> Any:
+    """``tree`` as a device sees it: within a ``shard_map`` what is closed over is still typed by the mesh outside, and
+    a jaxpr, unlike a function of ``jax.numpy``, does not mend that."""
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return tree
+    return jax.tree.map(jax.lax.optimization_barrier, tree)  # one by one: what has no derivative is to keep none
 
 
 def _unread(program: Any) -> Iterator[bytes]:
