@@ -46,7 +46,7 @@ def normalise(
     *,
     rng_key: jax.Array,
     num_levels: int = 24,
-    num_draws: int = 16_384,
+    num_draws: int = 4096,
 ) -> EnergyNetwork:
     """The energy with its normaliser measured and taken away.
 
