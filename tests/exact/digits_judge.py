@@ -42,10 +42,15 @@ def ladder(potential, num_levels, widest=8.0):
     return lehr.Ladder.log_snr(potential.schedule, num_levels, t_min=end, t_max=start)
 
 
-def smc(potential, n, seed=0, num_levels=60):
+def smc(potential, n, seed=0, num_levels=120, num_steps=0):
     """Weighted particles, by the model's own reverse kernels: pictures x/α."""
     driver = lehr.AnnealedSMC(
-        potential, ladder=ladder(potential, num_levels), num_steps=1, num_particles=n, weights="path", progress=False
+        potential,
+        ladder=ladder(potential, num_levels),
+        num_steps=num_steps,
+        num_particles=n,
+        weights="path",
+        progress=False,
     )
     return pictures(potential, driver.run(jax.random.key(seed)).get_samples()["x"])
 

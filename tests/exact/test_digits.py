@@ -73,10 +73,11 @@ def test_the_energy_is_normalised_as_its_flow_is(digits):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="the score is .66 (AnnealedSMC) and .69 (Reverse): too many grey pixels", strict=True)
 @pytest.mark.parametrize("sample", [smc, reverse])
 def test_samples_are_hardly_told_from_held_out_digits(digits, sample):
-    assert two_sample_score(sample(digits, 500), held_out(500)) < 0.56 + 0.016
+    """As digits drawn from the training set with replacement are, which score .55; the mean of three sets of 500."""
+    scores = [two_sample_score(sample(digits, 500, seed=seed), held_out(500)) for seed in range(3)]
+    assert np.mean(scores) < 0.56 + 0.016
 
 
 @pytest.mark.slow
@@ -93,10 +94,17 @@ def test_a_mixture_of_two_classes_has_the_masses_it_was_given(digits, judge):
     assert np.mean(np.isin(found, (1, 7))) > 0.95
 
 
+@pytest.fixture(scope="module")
+def without_eights(digits):
+    return smc(lehr.Contrast(digits, digits.given(8), weight=0.05), 500)  # some hundred nats of log p/q, times .05
+
+
 @pytest.mark.slow
-@pytest.mark.xfail(reason="1.4 % of the samples are still taken for an 8, and their score is .75", strict=True)
-def test_a_class_divided_out_is_gone_and_the_others_stay(digits, judge):
-    x = smc(lehr.Contrast(digits, digits.given(8), weight=0.05), 500)  # some hundred nats of log p/q, times .05
-    assert np.mean(judge.predict(flat(x)) == 8) < 0.01
-    others = held_out(500, np.flatnonzero(np.arange(10) != 8))
-    assert two_sample_score(x, others) < 0.65
+def test_a_class_divided_out_is_gone(without_eights, judge):
+    assert np.mean(judge.predict(flat(without_eights)) == 8) < 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(reason="the score is .75", strict=True)
+def test_the_classes_that_are_not_divided_out_stay_as_they_were(without_eights):
+    assert two_sample_score(without_eights, held_out(500, np.flatnonzero(np.arange(10) != 8))) < 0.65

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lehr.networks import PatchMixer, ResidualMLP
+from lehr.networks import ElementwiseMLP, PatchMixer, ResidualMLP
 
 
 def random_weights(module, seed=0):
@@ -68,6 +68,41 @@ def test_the_perceptron_is_its_formula(reach, data_std):
     )
 
 
+def test_the_elementwise_perceptron_is_its_formula():
+    d, m, s = 4, 3, 0.5
+    network = random_weights(
+        ElementwiseMLP(
+            d, width=6, num_blocks=2, num_frequencies=m, context=2, element_width=5, reach=3.0, limit=1.0, data_std=s,
+            num_classes=2, rngs=nnx.Rngs(0),
+        )
+    )  # fmt: skip
+    x, c, label = np.random.default_rng(1).normal(size=(2, 2)), 0.3, 1
+
+    def bounded(x, limit):
+        return x / np.sqrt(1 + (x / limit) ** 2)
+
+    b = np.asarray(network.x_frequencies[...], float)
+    fade = np.exp(-2 * np.pi**2 * b**2 * np.exp(2 * c) / (s**2 + np.exp(2 * c)))
+    u = np.stack([[*(fourier(b * value) * np.tile(fade, 2)), value] for value in bounded(x.ravel(), 3.0)])
+    h, e = linear(network.embed_x, u.ravel()), condition(network, c, label)
+    for block in network.blocks:
+        h = h + linear(block.contract, silu(linear(block.expand, h) + linear(block.condition, e)))
+    h = silu(h)
+    expected = np.sum(bounded(linear(network.weigh, h), 1.0) * u.ravel())
+    for u_i, told, own in zip(u, linear(network.inform, h).reshape(d, 2), network.position[...], strict=True):
+        units = silu(linear(network.element, u_i) + linear(network.element_context, told) + np.asarray(own, float))
+        expected += np.sum(bounded(linear(network.element_readout, silu(told)), 1.0) * units)
+    found = network(jnp.asarray(x, jnp.float32), jnp.asarray(c), jnp.asarray(label))
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=1e-4)
+
+
+def test_elements_share_their_layer_and_frequencies_are_quantiles():
+    network = ElementwiseMLP(2, width=4, num_frequencies=3, bandwidth=2.0, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(network.x_frequencies[...], 2 * np.array([0.2104, 0.6745, 1.3830]), atol=1e-3)
+    assert network.element.kernel[...].shape == (7, network.element_width)
+    assert network(jnp.ones(2), jnp.asarray(0.0)) == 0.0
+
+
 def test_the_mixer_is_its_formula():
     p, (height, width) = 2, (4, 6)
     network = random_weights(
@@ -119,6 +154,7 @@ def test_a_module_says_how_it_was_made():
     for module in (
         ResidualMLP(3, 3, width=5, num_frequencies=2, bandwidth=0.2, reach=2.0, num_classes=4, rngs=nnx.Rngs(0)),
         PatchMixer((4, 4), patch=2, width=6, expansion=3, num_classes=2, rngs=nnx.Rngs(0)),
+        ElementwiseMLP(3, width=5, context=2, limit=None, num_classes=2, rngs=nnx.Rngs(0)),
     ):
         again = type(module)(**module.arguments(), rngs=nnx.Rngs(0))
         assert nnx.split(again)[0] == nnx.split(module)[0]

@@ -7,11 +7,11 @@ import pytest
 from flax import nnx
 
 import lehr
-from lehr.networks import ResidualMLP
+from lehr.networks import ElementwiseMLP, ResidualMLP
 from lehr.training.data import load_data, read_data
 from lehr.training.denoising import denoising_score_matching
 from lehr.training.evaluate import calibration, held_out_losses
-from lehr.training.start import SHRINKAGE, gaussian_base, untrained_energy
+from lehr.training.start import SHRINKAGE, gaussian_base, suitable_network, untrained_energy
 
 STD, SIGMA = 0.6, 0.5
 
@@ -135,3 +135,13 @@ def test_an_untrained_energy_has_the_data_s_moments():
     np.testing.assert_allclose(p.moments(0.0).mean, x.mean(0), rtol=1e-5)
     np.testing.assert_allclose(p.moments(0.0).std, x.std(0), rtol=1e-4)
     assert float(p.std) == pytest.approx(np.sqrt(x.var(0).mean()), rel=1e-5)
+
+
+def test_an_energy_of_alike_elements_sees_them_about_one_mean():
+    x = np.random.default_rng(0).normal([1.0, 3.0], [0.5, 1.0], (400, 2))
+    network = suitable_network((2,), 0, 0.8, alike=True)
+    p = untrained_energy(network, x)
+    assert isinstance(network, ElementwiseMLP)
+    assert p.head == "scalar"
+    np.testing.assert_allclose(p.mean, [x.mean()] * 2, rtol=1e-5)
+    np.testing.assert_allclose(p.moments(0.0).mean, x.mean(0), rtol=1e-5)

@@ -20,7 +20,7 @@ from flax import nnx
 
 from lehr.networks.described import Described
 
-__all__ = ["C_BANDWIDTH", "Frequencies", "ResidualMLP", "fourier"]
+__all__ = ["C_BANDWIDTH", "Frequencies", "ResidualBlock", "ResidualMLP", "fourier", "saturate"]
 
 C_BANDWIDTH = 0.2  # of the frequencies of c, in cycles per unit: σ/α is resolved to about a factor of e
 
@@ -81,12 +81,12 @@ class ResidualMLP(Described):
         self.embed_c = nnx.Linear(2 * num_frequencies, width, rngs=rngs)
         if num_classes:
             self.embed_label = nnx.Embed(num_classes + 1, width, rngs=rngs)
-        self.blocks = nnx.List([_Block(width, rngs=rngs) for _ in range(num_blocks)])
+        self.blocks = nnx.List([ResidualBlock(width, rngs=rngs) for _ in range(num_blocks)])
         self.readout = nnx.Linear(width, max(num_outputs, 1), kernel_init=nnx.initializers.zeros_init(), rngs=rngs)
 
     def __call__(self, x: jax.Array, c: jax.Array, label: jax.Array | None = None) -> jax.Array:
         """The network at one x of d elements, one scalar c and, if it has classes, one label; none is any."""
-        flat = _saturate(jnp.ravel(x), self.reach)
+        flat = saturate(jnp.ravel(x), self.reach)
         frequencies = self.x_frequencies[...]
         features = fourier(frequencies @ flat)
         if self.data_std is not None:
@@ -99,13 +99,15 @@ class ResidualMLP(Described):
         e = e.astype(x.dtype)
         for block in self.blocks:
             h = block(h, nnx.silu(e))
-        out = _saturate(self.readout(nnx.silu(h)), self.limit)
+        out = saturate(self.readout(nnx.silu(h)), self.limit)
         if self.num_outputs == 0:
             return out[0]
         return out.reshape(x.shape) if self.num_outputs == x.size else out
 
 
-class _Block(nnx.Module):
+class ResidualBlock(nnx.Module):
+    """h + W₂ silu(W₁ h + V e), of hidden units h and a condition e, both of length ``width``."""
+
     def __init__(self, width: int, *, rngs: nnx.Rngs) -> None:
         self.expand = nnx.Linear(width, width, rngs=rngs)
         self.condition = nnx.Linear(width, width, use_bias=False, rngs=rngs)
@@ -120,5 +122,6 @@ def fourier(phase: jax.Array) -> jax.Array:
     return jnp.concatenate([jnp.cos(2 * jnp.pi * phase), jnp.sin(2 * jnp.pi * phase)])
 
 
-def _saturate(x: jax.Array, limit: float | None) -> jax.Array:
+def saturate(x: jax.Array, limit: float | None) -> jax.Array:
+    """x/√(1 + (x/limit)²), bounded by ``limit``; x itself without one."""
     return x if limit is None else x * jax.lax.rsqrt(1 + (x / limit) ** 2)

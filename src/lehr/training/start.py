@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from numpy.typing import ArrayLike
 
-from lehr.networks import Described, PatchMixer, ResidualMLP
+from lehr.networks import Described, ElementwiseMLP, PatchMixer, ResidualMLP
 from lehr.potentials.analytic import ExactPotential, Gaussian, GaussianMixture
 from lehr.potentials.network import EnergyNetwork
 from lehr.potentials.score_network import ScoreNetwork
@@ -65,19 +65,21 @@ def untrained_energy(
     """An energy that is, as yet, the Gaussians of the data; of large events the one of mean and pooled spread.
 
     Args:
-        network: the network, in its first weights, with an output of the event's shape.
+        network: the network, in its first weights; a scalar :class:`~lehr.networks.ElementwiseMLP`, which sees all
+            elements about one common mean, or any with an output of the event's shape.
         events: x₀, shape (N, *event_shape).
         labels: the classes, if the network has some.
         arguments: further ones of :class:`~lehr.EnergyNetwork`.
     """
     x = np.asarray(events)
+    alike = isinstance(network, ElementwiseMLP)
     return EnergyNetwork(
         network,
         event_shape=x.shape[1:],
-        mean=x.mean(0),
+        mean=x.mean() if alike else x.mean(0),
         std=_pooled_std(x),
         base=gaussian_base(x, labels) if x[0].size <= MOST_DIMENSIONS else None,
-        **{"head": "inner", **arguments},
+        **{"head": "scalar" if alike else "inner", **arguments},
     )
 
 
@@ -109,7 +111,9 @@ def untrained_score(
     )
 
 
-def suitable_network(event_shape: tuple[int, ...], num_classes: int, std: float, seed: int = 0) -> Described:
+def suitable_network(
+    event_shape: tuple[int, ...], num_classes: int, std: float, seed: int = 0, *, alike: bool = False
+) -> Described:
     """A network for events of this shape: a mixer for images of some size, else a perceptron.
 
     Args:
@@ -117,12 +121,15 @@ def suitable_network(event_shape: tuple[int, ...], num_classes: int, std: float,
         num_classes: K, or 0.
         std: of the data, pooled.
         seed: of the first weights.
+        alike: whether the events' elements are alike, as pixels are; of small events it is then an energy's network.
     """
     rngs = nnx.Rngs(seed)
     if len(event_shape) >= 2 and min(event_shape[:2]) >= IMAGE_SIDE:
         patch = next((p for p in (4, 3, 2) if event_shape[0] % p == 0 and event_shape[1] % p == 0), 1)
         return PatchMixer(event_shape, patch=patch, num_classes=num_classes, rngs=rngs)
     d = int(np.prod(event_shape))
+    if alike:
+        return ElementwiseMLP(d, data_std=std, num_classes=num_classes, rngs=rngs)
     return ResidualMLP(
         d,
         d,

@@ -15,12 +15,8 @@ from lehr.zoo.produce import Making
 
 __all__ = ["IMAGES"]
 
-LEARN = Recipe(
-    num_steps=7000, batch_size=256, weighting="likelihood", time_weight=0.3, bound_weight=0.0, weight_decay=0.1
-)
-CALIBRATE = dataclasses.replace(
-    LEARN, num_steps=3000, batch_size=512, learning_rate=5e-4, time_weight=2.0, weight_decay=0.0, label_dropout=0.4
-)
+LEARN = Recipe(num_steps=4000, batch_size=256, time_weight=0.05, bound_weight=0.0, weight_decay=1.0, label_dropout=0.5)
+CALIBRATE = dataclasses.replace(LEARN, num_steps=2000, learning_rate=1e-3, time_weight=0.3)
 
 IMAGES: dict[str, Making] = {
     "digits": Making(

@@ -95,7 +95,8 @@ def produce(
 
 def _untrained(making: Making, data: DataSet, seed: int) -> Any:
     std = float(np.sqrt(data.events.var(0).mean()))
-    network = suitable_network(data.events.shape[1:], data.num_classes, std, seed)
+    alike = making.kind == "energy" and data.grain > 0
+    network = suitable_network(data.events.shape[1:], data.num_classes, std, seed, alike=alike)
     finest = 10 * making.sigma_range[0]  # ladders end at a tenth of it
     if making.kind == "score":
         return untrained_score(network, data.events, feature_scale=finest)
