@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import lehr
-from lehr.networks import PatchMixer, ResidualMLP
+from lehr.networks import ElementwiseMLP, PatchMixer, ResidualMLP
 from lehr.networks.unet import UNet
 from lehr.networks.unet_config import UNetConfig
 
@@ -44,7 +44,11 @@ def perceptron():
     return lehr.EnergyNetwork(awake(module), lehr.VPCosine(), (16,), head="inner")
 
 
-POTENTIALS = {"unet": unet, "mixer": mixer, "mlp": perceptron}
+def elementwise():
+    return lehr.EnergyNetwork(awake(ElementwiseMLP(16, width=64, rngs=nnx.Rngs(0))), lehr.VPCosine(), (16,))
+
+
+POTENTIALS = {"unet": unet, "mixer": mixer, "mlp": perceptron, "elementwise": elementwise}
 
 
 def answers(p):

@@ -90,10 +90,11 @@ class ElementwiseMLP(Described):
 
     def __call__(self, x: jax.Array, c: jax.Array, label: jax.Array | None = None) -> jax.Array:
         """F, a scalar, at one x of d elements, one scalar c and, if it has classes, one label; none is any."""
-        u = self._features(saturate(jnp.ravel(x), self.reach), c)
+        u = self._features(saturate(jnp.ravel(x), self.reach), c).astype(x.dtype)
         e = self.embed_c(fourier(self.c_frequencies[...] * c))
         if self.num_classes:
             e = e + self.embed_label(jnp.asarray(self.num_classes if label is None else label))
+        e = e.astype(x.dtype)
         h = self.embed_x(jnp.ravel(u))
         for block in self.blocks:
             h = block(h, nnx.silu(e))
