@@ -160,3 +160,14 @@ def test_resampling_sets_weights_back_and_keeps_the_mean():
     assert run.levels["resampled"].all()
     np.testing.assert_allclose(run.get_samples()["x"].mean(0), [0.5, -0.5], atol=4 * np.sqrt(0.5 / 1000))
     np.testing.assert_allclose(run.get_samples()["x"].var(0), 0.5, atol=4 * 0.5 * np.sqrt(2 / 1000))
+
+
+def test_the_last_draw_alone_can_be_kept():
+    """The same transitions, with the same keys: only less is remembered."""
+    make = lambda **keep: lehr.AnnealedMCMC(NORMAL, num_chains=8, num_samples=3, **keep, **SMALL).run(0)  # noqa: E731
+    thin, last = make(thinning=2), make(thinning=2, keep="last")
+    assert (thin.samples["x"].shape, last.samples["x"].shape) == ((8, 3, 2), (8, 1, 2))
+    assert last.attrs["evaluations_per_chain"] == thin.attrs["evaluations_per_chain"]
+    assert not np.array_equal(last.samples["x"], thin.samples["x"][:, :1])
+    with pytest.raises(ValueError, match="keep must be"):
+        lehr.AnnealedMCMC(NORMAL, keep="all")
