@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from stand_ins import ScoreOf
 
 import lehr
 
@@ -12,29 +13,6 @@ NATS = 1e-3
 FACTOR = np.linalg.cholesky([[1.0, 0.6], [0.6, 0.5]])
 LOCS = np.array([[-1.0, 0.0], [1.0, 0.5], [0.0, 2.0]])
 SCHEDULES = [lehr.VPCosine(), lehr.VPLinear(), lehr.VE(0.01, 60.0), lehr.RectifiedFlow()]
-
-
-class Score(lehr.ScorePotential):
-    """An exact potential, known through its score only."""
-
-    exact: lehr.ExactPotential
-    schedule: lehr.Schedule = lehr.VPCosine()
-    event_shape: tuple = (2,)
-
-    def moments(self, t):
-        return self.exact.moments(t)
-
-    def width(self, t):
-        return self.exact.width(t)
-
-    def _score(self, x, t):
-        return self.exact._score(x, t)
-
-    def _denoise(self, x, t):
-        return self.exact._denoise(x, t)
-
-    def _noise(self, x, t):
-        return self.exact._noise(x, t)
 
 
 def check(p, t, n=32):
@@ -57,7 +35,7 @@ def test_it_is_the_density_of_a_gaussian_at_a_given_level():
 def test_a_score_is_enough_and_one_event_too():
     p = lehr.Gaussian([0.3, -0.2], FACTOR)
     x = p.sample(jax.random.key(1), 0.3)
-    found = lehr.log_likelihood(Score(exact=p), x, 0.3)
+    found = lehr.log_likelihood(ScoreOf(inner=p), x, 0.3)
     assert found.value.shape == ()
     assert float(found.value) == pytest.approx(float(p.log_density(x, 0.3)), abs=NATS)
 
