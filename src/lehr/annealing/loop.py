@@ -79,6 +79,7 @@ class Anneal(NamedTuple):
     log_weights: jax.Array
     log_evidence: jax.Array
     ancestors: jax.Array
+    scatter: jax.Array
 
 
 class _Carry(NamedTuple):
@@ -176,7 +177,7 @@ def anneal(
         chains, draws = _sampled(plan, move, chains, target, log_step, scale(chains, last), key_draws)
     return Anneal(
         stats, draws, chains.position, chains.logdensity, particles.log_weights, particles.log_evidence,
-        particles.ancestors,
+        particles.ancestors, particles.scatter,
     )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ def begin(structure: Structure, plan: Plan, constants: Constants, t: jax.Array, 
     nowhere = PartlyKnown(*[lambda _: jnp.zeros(())] * 2)
     chains = jax.vmap(lambda key, q: plan.kernel.init(key, q, nowhere))(keys, start)
     chains = chains._replace(logdensity=log_start)  # what the first weight compares with
-    return Particles(chains, jnp.full(n, -jnp.log(n)), jnp.zeros(()), jnp.arange(n))
+    return Particles(chains, jnp.full(n, -jnp.log(n)), jnp.zeros(()), jnp.arange(n), jnp.zeros(()))
 
 
 def _starter(

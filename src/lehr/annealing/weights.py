@@ -10,10 +10,12 @@ or, left where it is, the same without f and K at x = x'. Both are had where bot
 difference, averaged over the particles, is the *gap*: zero if energies are calibrated and steps
 short. Before the first level x' is a draw from the start, whose density stands for π_t'.
 
-log Z accumulates log Σ W w at each entry, with W the normalised weights before it.
+log Z accumulates log Σ W w at each entry, with W the normalised weights before it. Its error is had from
+the genealogy: families keep together under systematic resampling, which rounds N W_e up or down.
 
 References:
     Del Moral, Doucet & Jasra, Sequential Monte Carlo samplers, JRSS B 2006.
+    Lee & Whiteley, Variance estimation in the particle filter, Biometrika 2018.
 """
 
 from __future__ import annotations
@@ -43,12 +45,14 @@ class Particles(NamedTuple):
         log_weights: normalised, Σ exp = 1.
         log_evidence: log Z so far.
         ancestors: which starting point each descends from.
+        scatter: N Σ_r Σ_e Var(W_e), how much resamplings, which round them, have scattered the families.
     """
 
     chains: Any
     log_weights: jax.Array
     log_evidence: jax.Array
     ancestors: jax.Array
+    scatter: jax.Array
 
 
 def weigh(
@@ -74,11 +78,15 @@ def weigh(
     ess = jnp.exp(-jax.nn.logsumexp(2 * weights))
     resample = ess < threshold * n
 
-    def again() -> tuple[Any, jax.Array, jax.Array]:
+    def again() -> tuple[Any, jax.Array, jax.Array, jax.Array]:
         chosen = systematic(rng_key, jnp.exp(weights), n)
         chains, ancestors = jax.tree.map(lambda leaf: leaf[chosen], (particles.chains, particles.ancestors))
-        return chains, ancestors, jnp.full(n, -jnp.log(n))
+        share = n * jnp.bincount(particles.ancestors, jnp.exp(weights), length=n) % 1.0
+        return chains, ancestors, jnp.full(n, -jnp.log(n)), jnp.sum(share * (1 - share)) / n
 
-    chains, ancestors, weights = jax.lax.cond(resample, again, lambda: (particles.chains, particles.ancestors, weights))
-    particles = Particles(chains, weights, particles.log_evidence + gain, ancestors)
+    def keep() -> tuple[Any, jax.Array, jax.Array, jax.Array]:
+        return particles.chains, particles.ancestors, weights, jnp.zeros_like(gain)
+
+    chains, ancestors, weights, scattered = jax.lax.cond(resample, again, keep)
+    particles = Particles(chains, weights, particles.log_evidence + gain, ancestors, particles.scatter + scattered)
     return particles, jnp.where(alive, ess, 0.0), resample
