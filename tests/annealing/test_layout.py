@@ -132,7 +132,7 @@ def test_no_device_waits_for_another_within_a_transition():
 def test_islands_resample_within_themselves_and_count_as_their_evidence():
     n = 8  # in two islands
     log_evidence = jnp.log(jnp.array([1.0, 3.0]))
-    particles = Particles(jnp.arange(n), jnp.full(n, -jnp.log(4.0)), log_evidence, jnp.arange(n))
+    particles = Particles(jnp.arange(n), jnp.full(n, -jnp.log(4.0)), log_evidence, jnp.arange(n), jnp.zeros(2))
     np.testing.assert_allclose(np.exp(overall(particles)), [1 / 16] * 4 + [3 / 16] * 4, rtol=1e-6)
     gained = jnp.log(jnp.array([4.0, 0, 0, 0, 1, 1, 1, 1]))
     after, ess, resampled = weigh(particles, gained, jax.random.key(0), jnp.asarray(0.5), Layout())

@@ -30,7 +30,7 @@ def weighed(increment, threshold, log_weights=None, values=None, seed=0):
     n = len(increment)
     log_weights = np.full(n, -np.log(n)) if log_weights is None else log_weights
     values = np.arange(n) if values is None else values
-    particles = Particles(jnp.asarray(values), jnp.asarray(log_weights), jnp.full(1, 1.5), jnp.arange(n))
+    particles = Particles(jnp.asarray(values), jnp.asarray(log_weights), jnp.full(1, 1.5), jnp.arange(n), jnp.zeros(1))
     return weigh(particles, jnp.asarray(increment), jax.random.key(seed), jnp.asarray(threshold), Layout())
 
 
@@ -110,10 +110,10 @@ def product(sigma):
     return evidence, variance * alpha * (P_LOC / p + Q_LOC / q), variance
 
 
-def agrees(run):
-    """Within four standard errors, at half of N effective."""
+def agrees(run, scatter=0.1):
+    """Within four standard errors, which are at most ``scatter``, at half of N effective."""
     evidence, mean, variance = product(run.levels["sigma"][-1])
-    assert run.log_evidence_se < 0.1
+    assert run.log_evidence_se < scatter
     assert abs(run.log_evidence - evidence) < 4 * max(run.log_evidence_se, 1e-3)
     x = run.get_samples()["x"]
     assert np.abs((x.mean(0) - mean) / np.sqrt(2 * variance / N)).max() < 4
@@ -136,7 +136,8 @@ def both():
     ids=str,
 )
 def test_all_weights_give_the_evidence_and_the_moments_of_a_product(options):
-    agrees(lehr.AnnealedSMC(P * Q, **RUN | options).run(0))
+    # with nothing but reverse kernels at 16 levels the log evidence scatters by .26 over 48 seeds
+    agrees(lehr.AnnealedSMC(P * Q, **RUN | options).run(0), 0.26 if options.get("num_steps") == 0 else 0.1)
 
 
 def test_so_do_both_at_once_and_of_exact_energies_there_is_no_gap(both):
@@ -221,3 +222,19 @@ def test_nor_where_the_kernel_keeps_none(weights):
 def test_unknown_weights_are_refused_by_the_names_of_the_known(weights):
     with pytest.raises(ValueError, match='"energy", "path" or "both"'):
         lehr.AnnealedSMC(P, weights=weights)
+
+
+def test_the_scatter_of_families_is_what_systematic_resampling_makes_of_their_weights():
+    n = 40
+    log_weights = jax.nn.log_softmax(jax.random.normal(jax.random.key(0), (n,)))
+    ancestors = jnp.sort(jax.random.randint(jax.random.key(1), (n,), 0, n))
+    before = Particles({"x": jnp.zeros(n)}, log_weights, jnp.zeros(()), ancestors, jnp.zeros(()))
+
+    def families(key):
+        after, _, resampled = weigh(before, jnp.zeros(n), key, jnp.asarray(1.0))
+        return jnp.bincount(after.ancestors, jnp.exp(after.log_weights), length=n), after.scatter, resampled
+
+    found, scatter, resampled = jax.vmap(families)(jax.random.split(jax.random.key(2), 4000))
+    assert resampled.all()
+    # each variance is of a number that takes two values: 4,000 draws know their sum to 2 %
+    np.testing.assert_allclose(n * found.var(0).sum(), scatter[0], rtol=0.08)

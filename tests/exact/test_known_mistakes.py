@@ -37,7 +37,7 @@ def test_2_a_chain_that_never_moved_has_no_effective_sample_size():
 def test_3_resampling_acts_however_small_the_effective_sample_size_and_makes_weights_equal(share):
     n = 4000
     chains = jnp.arange(n) < n * share  # these carry nearly all of the weight
-    particles = Particles(chains, jnp.full(n, -jnp.log(n)), jnp.zeros(1), jnp.arange(n))
+    particles = Particles(chains, jnp.full(n, -jnp.log(n)), jnp.zeros(1), jnp.arange(n), jnp.zeros(1))
     increment = jnp.where(chains, 0.0, -12.0)
     after, ess, resampled = weigh(particles, increment, jax.random.key(0), jnp.asarray(0.5), Layout())
     assert bool(resampled)

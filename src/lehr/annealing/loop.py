@@ -104,6 +104,7 @@ class Anneal(NamedTuple):
     log_weights: jax.Array
     log_evidence: jax.Array
     ancestors: jax.Array
+    scatter: jax.Array
 
 
 def num_stages(plan: Plan, num_levels: int) -> int:
@@ -245,7 +246,7 @@ def finish(plan: Plan, rng_key: jax.Array, state: State) -> Anneal:
         draws = _still((chains.position, chains.logdensity))
     return Anneal(
         state.levels, draws, chains.position, chains.logdensity, log_weights, particles.log_evidence,
-        particles.ancestors,
+        particles.ancestors, particles.scatter,
     )  # fmt: skip
 
 
@@ -262,8 +263,9 @@ def _laid_out(state: State, plan: Plan) -> State:
     """The same state, with its chains on the devices that they belong to, and all else on every one."""
     layout, particles, draws = plan.layout, state.particles, state.draws
     chains, log_weights, ancestors = layout.spread((particles.chains, particles.log_weights, particles.ancestors))
-    shared = layout.spread(state._replace(particles=particles.log_evidence, draws=()), axis=None)  # type: ignore[arg-type]
-    particles = Particles(chains, log_weights, shared.particles, ancestors)
+    shared = layout.spread(state._replace(particles=(particles.log_evidence, particles.scatter), draws=()), axis=None)  # type: ignore[arg-type]
+    log_evidence, scatter = shared.particles
+    particles = Particles(chains, log_weights, log_evidence, ancestors, scatter)
     return shared._replace(particles=particles, draws=layout.spread(draws, axis=1))
 
 

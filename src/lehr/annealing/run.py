@@ -311,8 +311,7 @@ def _evidence_error(host: Anneal) -> float:
         return float(np.std(shares, ddof=1) / np.sqrt(islands))
     n = host.log_weights.size
     families = np.bincount(host.ancestors, np.exp(host.log_weights), n)
-    resamplings = int(np.sum(host.levels.resampled))
-    variance = 1 - (n / (n - 1)) ** (resamplings + 1) * (1 - np.sum(families**2))
+    variance = 1 - (n / (n - 1)) ** (1 + float(host.scatter[0])) * (1 - float(np.sum(families**2)))
     return float(np.sqrt(max(variance, 0.0)))
 
 

@@ -39,7 +39,9 @@ def begin(structure: Structure, plan: Plan, constants: Constants, t: jax.Array, 
     nowhere = PartlyKnown(*[lambda _: jnp.zeros(())] * 2)
     chains = jax.vmap(lambda key, q: plan.kernel.init(key, q, nowhere))(keys, start)
     chains = chains._replace(logdensity=log_start)  # what the first weight compares with
-    return Particles(chains, jnp.full(n, -jnp.log(n // plan.num_islands)), jnp.zeros(plan.num_islands), jnp.arange(n))
+    islands = plan.num_islands
+    zeros = jnp.zeros(islands)
+    return Particles(chains, jnp.full(n, -jnp.log(n // islands)), zeros, jnp.arange(n), zeros)
 
 
 def _starter(

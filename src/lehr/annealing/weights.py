@@ -10,7 +10,8 @@ or, left where it is, the same without f and K at x = x'. Both are had where bot
 difference, averaged over the particles, is the *gap*: zero if energies are calibrated and steps
 short. Before the first level x' is a draw from the start, whose density stands for π_t'.
 
-log Z accumulates log Σ W w at each entry, with W the normalised weights before it.
+log Z accumulates log Σ W w at each entry, with W the normalised weights before it. Its error is had from
+the genealogy: families keep together under systematic resampling, which rounds N W_e up or down.
 
 **Islands** are sets of particles that are resampled each within itself. Each has its own estimate of Z, unbiased as
 all of them are; their mean is the run's, their scatter its error, and in averages an island counts as its Z does.
@@ -19,6 +20,7 @@ References:
     Del Moral, Doucet & Jasra, Sequential Monte Carlo samplers, JRSS B 2006.
     Vergé, Dubarry, Del Moral & Moulines, On parallel implementation of sequential Monte Carlo methods: the island
     particle model, Statistics and Computing 2015.
+    Lee & Whiteley, Variance estimation in the particle filter, Biometrika 2018.
 """
 
 from __future__ import annotations
@@ -51,12 +53,14 @@ class Particles(NamedTuple):
         log_weights: normalised within each island, Σ exp = 1; (N,).
         log_evidence: log Z so far, of each island.
         ancestors: which starting point each descends from, (N,).
+        scatter: N Σ_r Σ_e Var(W_e) of each island, how much resamplings, which round them, have scattered families.
     """
 
     chains: Any
     log_weights: jax.Array
     log_evidence: jax.Array
     ancestors: jax.Array
+    scatter: jax.Array
 
     @property
     def total_log_evidence(self) -> jax.Array:
@@ -104,21 +108,26 @@ def weigh(
         ess = jnp.exp(-jax.nn.logsumexp(2 * weights))
         resample = ess < threshold * n
 
-        def again() -> tuple[Any, jax.Array, jax.Array]:
+        def again() -> tuple[Any, ...]:
             chosen = systematic(key, jnp.exp(weights), n)
-            return *jax.tree.map(lambda leaf: leaf[chosen], (chains, ancestors)), jnp.full(n, -jnp.log(n))
+            share = n * jnp.bincount(ancestors % n, jnp.exp(weights), length=n) % 1.0
+            scattered = jnp.sum(share * (1 - share)) / n
+            return *jax.tree.map(lambda leaf: leaf[chosen], (chains, ancestors)), jnp.full(n, -jnp.log(n)), scattered
 
-        chains, ancestors, after = jax.lax.cond(resample, again, lambda: (chains, ancestors, weights))
-        return chains, after, ancestors, gain, weights, resample
+        def keep() -> tuple[Any, ...]:
+            return chains, ancestors, weights, jnp.zeros_like(gain)
+
+        chains, ancestors, after, scattered = jax.lax.cond(resample, again, keep)
+        return chains, after, ancestors, gain, weights, resample, scattered
 
     local = islands % layout.num_shards == 0
     each: Any = layout.over(island, in_batches=False) if local else jax.vmap(island)
     parts = jax.tree.map(parted, (particles.chains, particles.log_weights, increment, particles.ancestors))
-    chains, after, ancestors, gain, before, resampled = each(*parts, per_chain(rng_key, islands))
+    chains, after, ancestors, gain, before, resampled, scattered = each(*parts, per_chain(rng_key, islands))
     chains, after, ancestors, before = jax.tree.map(
         lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (chains, after, ancestors, before)
     )
-    weighed = Particles(chains, after, particles.log_evidence + gain, ancestors)
+    weighed = Particles(chains, after, particles.log_evidence + gain, ancestors, particles.scatter + scattered)
     total = overall(weighed._replace(log_weights=before))
     ess = jnp.exp(-jax.nn.logsumexp(2 * total))
     return weighed, jnp.where(jnp.any(jnp.isfinite(gain)), ess, 0.0), jnp.any(resampled)
