@@ -5,14 +5,14 @@ level, and for weighted runs the weighted particles and the evidence. ``to_arviz
 ``print_summary`` are views of it (:mod:`lehr.diagnostics`).
 
 **Standard error of the evidence.** With W_e the total weight of the particles that descend
-from starting point e, and r the number of resamplings,
+from starting point e,
 
-    V = 1 − (N/(N − 1))^{r+1} (1 − Σ_e W_e²)
+    V = 1 − (N/(N − 1))^{1 + S} (1 − Σ_e W_e²),     S = N Σ_r Σ_e Var_r(W_e)
 
-estimates the relative variance of Ẑ from one run (Lee & Whiteley, Variance estimation in
-the particle filter, Biometrika 2018). It is derived for multinomial resampling; under the
-systematic resampling used here it errs on the large side. Of a run with islands the standard error is that of the
-mean of their Z, from their scatter.
+estimates the relative variance of Ẑ from one run (Lee & Whiteley, Variance estimation in the particle filter,
+Biometrika 2018). S is the number of resamplings if they are multinomial. Systematic resampling only rounds N W_e up or
+down, which scatters families less: with f the fraction of N W_e that is rounded, Var(W_e) = f (1 − f)/N². Of a run with
+islands the standard error is that of the mean of their Z, from their scatter.
 """
 
 from __future__ import annotations
