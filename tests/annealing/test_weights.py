@@ -228,11 +228,11 @@ def test_the_scatter_of_families_is_what_systematic_resampling_makes_of_their_we
     n = 40
     log_weights = jax.nn.log_softmax(jax.random.normal(jax.random.key(0), (n,)))
     ancestors = jnp.sort(jax.random.randint(jax.random.key(1), (n,), 0, n))
-    before = Particles({"x": jnp.zeros(n)}, log_weights, jnp.zeros(()), ancestors, jnp.zeros(()))
+    before = Particles({"x": jnp.zeros(n)}, log_weights, jnp.zeros(1), ancestors, jnp.zeros(1))
 
     def families(key):
-        after, _, resampled = weigh(before, jnp.zeros(n), key, jnp.asarray(1.0))
-        return jnp.bincount(after.ancestors, jnp.exp(after.log_weights), length=n), after.scatter, resampled
+        after, _, resampled = weigh(before, jnp.zeros(n), key, jnp.asarray(1.0), Layout())
+        return jnp.bincount(after.ancestors, jnp.exp(after.log_weights), length=n), after.scatter[0], resampled
 
     found, scatter, resampled = jax.vmap(families)(jax.random.split(jax.random.key(2), 4000))
     assert resampled.all()
