@@ -71,6 +71,7 @@ def test_batches_are_at_most_as_large_as_memory_allows_and_change_nothing(n, max
     assert ("scan" in text) == (batches > 1)
 
 
+@pytest.mark.slow
 def test_a_run_in_batches_is_the_run_at_once():
     make = lambda **where: {name: driver.run(3, *data) for name, driver, data in on_devices.runs(**where)}  # noqa: E731
     at_once, in_batches = make(), make(max_batch=8)
