@@ -132,13 +132,7 @@ class AnnealedSMC(Driver):
             found better at each level, and ``None`` without a pilot. Path weights have their own proposal.
         pilot: as for :class:`AnnealedMCMC`, and so ``tuning``.
         tuning: steps that are known beforehand.
-        progress: a bar where there is a terminal or a notebook, a line now and then where there is none; False
-            for silence; or a :class:`~lehr.ProgressMeter` of your own.
-        checkpoint: a folder in which the run is kept while it goes on, so that ``run(..., resume=True)`` can take it
-            up; Ctrl-C and SIGTERM then end it once it has been kept.
-        sharding: spreads chains over devices: a ``jax.sharding.Mesh`` with an axis ``"chains"``, or a
-            ``NamedSharding`` whose first dimension is spread; of several processes, over all of theirs.
-        max_batch: the most chains of a device that are worked on at once, where memory is short; None for all.
+        progress: as for :class:`AnnealedMCMC`, and so ``checkpoint``, ``sharding`` and ``max_batch``.
 
     Raises:
         ValueError: for counts that are not positive integers, a threshold outside [0, 1], an
@@ -243,13 +237,7 @@ class Reverse(Driver):
         method: ``"ancestral"``, ``"ddim"``, ``"heun"``, ``"restart"``, or a :class:`~lehr.Restart`.
         num_levels: levels, uniform in log-SNR, or a :class:`~lehr.Ladder`.
         num_samples: independent samples.
-        progress: a bar where there is a terminal or a notebook, a line now and then where there is none; False
-            for silence; or a :class:`~lehr.ProgressMeter` of your own.
-        checkpoint: a folder in which the run is kept while it goes on, so that ``run(..., resume=True)`` can take it
-            up; Ctrl-C and SIGTERM then end it once it has been kept.
-        sharding: spreads chains over devices: a ``jax.sharding.Mesh`` with an axis ``"chains"``, or a
-            ``NamedSharding`` whose first dimension is spread; of several processes, over all of theirs.
-        max_batch: the most chains of a device that are worked on at once, where memory is short; None for all.
+        progress: as for :class:`AnnealedMCMC`, and so ``checkpoint``, ``sharding`` and ``max_batch``.
 
     Raises:
         ValueError: for counts that are not positive integers, an unknown method, or, when run, a model with

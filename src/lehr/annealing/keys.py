@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["as_key", "per_chain"]
+__all__ = ["as_key", "is_key", "per_chain"]
 
 
 def as_key(rng_key: Any) -> jax.Array:
@@ -21,8 +21,12 @@ def as_key(rng_key: Any) -> jax.Array:
         return jax.random.key(rng_key)
     if not isinstance(rng_key, jax.Array):
         raise TypeError(f"rng_key must be a JAX key, as from jax.random.key(0), or an integer; got {rng_key!r}.")
-    is_typed = jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key)
-    return rng_key if is_typed else jax.random.wrap_key_data(rng_key)
+    return rng_key if is_key(rng_key) else jax.random.wrap_key_data(rng_key)
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether ``leaf`` is a typed key, or an array of them."""
+    return jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
 
 
 def per_chain(rng_key: jax.Array, n: int) -> jax.Array:

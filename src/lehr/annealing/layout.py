@@ -14,10 +14,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lehr.annealing.keys import is_key
 
 __all__ = ["AXIS", "Layout", "as_layout"]
 
@@ -65,7 +66,7 @@ class Layout(NamedTuple):
             return jax.device_put(tree, sharding)
 
         def one(leaf: Any) -> jax.Array:
-            if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
+            if is_key(leaf):
                 return jax.jit(jax.random.wrap_key_data, static_argnames="impl")(
                     one(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf)
                 )

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lehr.annealing.keys import is_key
 from lehr.annealing.ladder import Ladder
 from lehr.annealing.loop import Anneal, State, advance, begin_run, finish, num_stages
 from lehr.annealing.plan import Plan
-from lehr.annealing.session import Session
+from lehr.annealing.session import Part, Session
 from lehr.annealing.tuning import Tuning
 from lehr.programs.closure import ALWAYS, Constants, Structure, close
 from lehr.programs.path import Path
@@ -127,7 +128,7 @@ class Program(NamedTuple):
 
         total = num_stages(plan, len(self.ladder))
         like = start if layout.mesh is not None else partial(jax.eval_shape, start)
-        return session.run(part, total, start, like, go_on, stand)
+        return session.run(Part(part, total, start, like, go_on, stand))
 
     def outcome(self, plan: Plan, rng_key: jax.Array, state: State) -> Anneal:
         """What is left of a run that has ended, as numpy arrays."""
@@ -151,8 +152,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _numbers(leaf: Any) -> np.ndarray:
-    is_key = jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
-    return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+    return np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
 
 
 def _needed(path: Path, plan: Plan) -> list[str]:

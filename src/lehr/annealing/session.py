@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import jax
 import numpy as np
@@ -26,11 +26,31 @@ from jax.experimental import multihost_utils
 from lehr.annealing.progress import NoMeter, ProgressMeter, Standing
 from lehr.keeper import Keeper
 
-__all__ = ["Session"]
+__all__ = ["Part", "Session"]
 
 T = TypeVar("T")
 WATCHED, KEPT = 0.2, 5.0  # seconds of a segment
 SAVING_SHARE = 0.05  # of the time, at most, goes into copying a state that is kept
+
+
+class Part(NamedTuple, Generic[T]):
+    """What is to be done, in stages, from one state to the next.
+
+    Attributes:
+        name: of the part; what is kept of it lies in a folder of that name.
+        total: stages.
+        begin: makes the first state.
+        like: the shapes of a state, and how it is laid out.
+        advance: takes a state on until so many stages are done.
+        stand: what a :class:`~lehr.annealing.progress.Standing` says of a state.
+    """
+
+    name: str
+    total: int
+    begin: Callable[[], T]
+    like: Callable[[], T]
+    advance: Callable[[T, int], T]
+    stand: Callable[[T], dict[str, float]]
 
 
 class Session:
@@ -44,8 +64,7 @@ class Session:
         resume: whether to go on with what the folder holds.
 
     Raises:
-        ValueError: if the folder holds another run, or this one and it is not to be resumed, or if there is
-            nothing to resume from since no folder was given.
+        ValueError: if it is to be resumed and no folder was given.
     """
 
     def __init__(
@@ -74,54 +93,31 @@ class Session:
             signal.signal(number, handler)
         self._handlers = {}
 
-    def run(
-        self,
-        part: str,
-        total: int,
-        begin: Callable[[], T],
-        like: Callable[[], T],
-        advance: Callable[[T, int], T],
-        stand: Callable[[T], dict[str, float]],
-    ) -> T:
-        """One part of the run, from its beginning, or from where it was kept, to its end.
-
-        Args:
-            part: its name; what is kept of it lies in a folder of that name.
-            total: stages.
-            begin: makes the first state.
-            like: the shapes of a state, and how it is laid out.
-            advance: takes a state on until so many stages are done.
-            stand: what a :class:`~lehr.annealing.progress.Standing` says of a state.
+    def run(self, part: Part[T]) -> T:
+        """One part of the run, from its beginning, or from where it was kept, to its end; returns its last state.
 
         Raises:
+            ValueError: if the folder holds another run, or this one and it is not to be resumed.
             KeyboardInterrupt, SystemExit: after a signal, once the state has been kept.
         """
-        self.meter.begin(f"{self.label} {part}", total)
+        self.meter.begin(f"{self.label} {part.name}", part.total)
         try:
-            with Keeper(None if self.folder is None else self.folder / part, self.facts) as keeper:
-                return self._go(part, total, keeper, begin, like, advance, stand)
+            with Keeper(None if self.folder is None else self.folder / part.name, self.facts) as keeper:
+                return self._go(part, keeper)
         finally:
             self.meter.end()
 
-    def _go(
-        self,
-        part: str,
-        total: int,
-        keeper: Keeper,
-        begin: Callable[[], T],
-        like: Callable[[], T],
-        advance: Callable[[T, int], T],
-        stand: Callable[[T], dict[str, float]],
-    ) -> T:
+    def _go(self, part: Part[T], keeper: Keeper) -> T:
+        total = part.total
         if keeper.step is not None and not self.resume:
             raise ValueError(
-                f"{self.folder} holds this run, {keeper.step} of {total} stages of its {part} done. Go on with "
+                f"{self.folder} holds this run, {keeper.step} of {total} stages of its {part.name} done. Go on with "
                 "run(..., resume=True), or remove the folder, or choose another."
             )
         started, done = time.monotonic(), keeper.step or 0
-        state = begin() if keeper.step is None else keeper.restore(like())
+        state = part.begin() if keeper.step is None else keeper.restore(part.like())
         if done < total:
-            state = jax.block_until_ready(advance(state, done))  # compiles, and does nothing
+            state = jax.block_until_ready(part.advance(state, done))  # compiles, and does nothing
         self.seconds_compiling += time.monotonic() - started
         longest = WATCHED if not isinstance(self.meter, NoMeter) else KEPT if self.folder is not None else float("inf")
         pace, copying, kept_at = longest, 0.0, time.monotonic()
@@ -129,9 +125,9 @@ class Session:
             count = total - done if longest == float("inf") else int(min(max(longest / pace, 1), total - done))
             count = _first_says(count)
             started = time.monotonic()
-            state = jax.block_until_ready(advance(state, done + count))
+            state = jax.block_until_ready(part.advance(state, done + count))
             pace, done = (time.monotonic() - started) / count, done + count
-            self.meter.update(Standing(done=done, total=total, seconds_left=pace * (total - done), **stand(state)))
+            self.meter.update(Standing(done=done, total=total, seconds_left=pace * (total - done), **part.stand(state)))
             told = _anyone_says(self._signal or 0)
             due = _first_says(time.monotonic() - kept_at > max(KEPT, copying / SAVING_SHARE))
             if done == total or told or due:
@@ -140,7 +136,9 @@ class Session:
                 kept_at = time.monotonic()
                 copying = kept_at - started
             if told and done < total:
-                said = f"stopped at stage {done} of {total} of the {part}; run(..., resume=True) goes on from there."
+                said = (
+                    f"stopped at stage {done} of {total} of the {part.name}; run(..., resume=True) goes on from there."
+                )
                 raise SystemExit(128 + told) if told == signal.SIGTERM else KeyboardInterrupt(said)
         return state
 
