@@ -17,15 +17,13 @@ are faded out, as in :class:`~lehr.networks.ResidualMLP`.
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.scipy.stats import norm
 
 from lehr.networks.described import Described
-from lehr.networks.mlp import C_BANDWIDTH, Frequencies, ResidualBlock, fourier, saturate
+from lehr.networks.mlp import C_BANDWIDTH, Frequencies, ResidualBlock, condition, faded, fourier, saturate
 
 __all__ = ["ElementwiseMLP"]
 
@@ -91,10 +89,7 @@ class ElementwiseMLP(Described):
     def __call__(self, x: jax.Array, c: jax.Array, label: jax.Array | None = None) -> jax.Array:
         """F, a scalar, at one x of d elements, one scalar c and, if it has classes, one label; none is any."""
         u = self._features(saturate(jnp.ravel(x), self.reach), c).astype(x.dtype)
-        e = self.embed_c(fourier(self.c_frequencies[...] * c))
-        if self.num_classes:
-            e = e + self.embed_label(jnp.asarray(self.num_classes if label is None else label))
-        e = e.astype(x.dtype)
+        e = condition(self, c, label).astype(x.dtype)
         h = self.embed_x(jnp.ravel(u))
         for block in self.blocks:
             h = block(h, nnx.silu(e))
@@ -107,6 +102,5 @@ class ElementwiseMLP(Described):
     def _features(self, x: jax.Array, c: jax.Array) -> jax.Array:
         """u, shape (d, 1 + 2 · frequencies)."""
         frequencies = self.x_frequencies[...]
-        noise = jax.nn.sigmoid(2 * (c - math.log(self.data_std)))
-        faded = jnp.exp(-2 * math.pi**2 * noise * frequencies**2)
-        return jax.vmap(lambda x: jnp.append(fourier(frequencies * x) * jnp.tile(faded, 2), x))(x)
+        left = jnp.tile(faded(frequencies**2, c, self.data_std), 2)
+        return jax.vmap(lambda x: jnp.append(fourier(frequencies * x) * left, x))(x)

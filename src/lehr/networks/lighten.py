@@ -89,10 +89,6 @@ class _Cast:
     def __call__(self, params: Any, x: jax.Array, *told: jax.Array) -> jax.Array:
         return self.apply(params, x.astype(self.dtype), *told).astype(x.dtype)
 
-    @property
-    def graphdef(self) -> Any:
-        return self.apply.graphdef
-
 
 def _recompute(module: nnx.Module) -> None:
     """Put every block of ``module``, however deep, behind a :class:`_Recomputed`; in place."""

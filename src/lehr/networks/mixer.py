@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lehr.networks.described import Described
-from lehr.networks.mlp import C_BANDWIDTH, Frequencies, fourier
+from lehr.networks.mlp import C_BANDWIDTH, Frequencies, condition
 
 __all__ = ["PatchMixer"]
 
@@ -84,10 +84,7 @@ class PatchMixer(Described):
         """The network at one image x, one scalar c and, if it has classes, one label (none is any);
         of the shape of x."""
         h = self.embed_x(self._patches(x)) + self.position[...]
-        e = self.embed_c(fourier(self.c_frequencies[...] * c))
-        if self.num_classes:
-            e = e + self.embed_label(jnp.asarray(self.num_classes if label is None else label))
-        e = nnx.silu(e).astype(x.dtype)
+        e = nnx.silu(condition(self, c, label)).astype(x.dtype)
         for block in self.blocks:
             h = block(h, e)
         return self._image(self.readout(_normalise(h)), x.shape)

@@ -13,6 +13,7 @@ each class and one more, the null label, for "any class".
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,16 @@ from flax import nnx
 
 from lehr.networks.described import Described
 
-__all__ = ["C_BANDWIDTH", "Frequencies", "ResidualBlock", "ResidualMLP", "fourier", "saturate"]
+__all__ = [
+    "C_BANDWIDTH",
+    "Frequencies",
+    "ResidualBlock",
+    "ResidualMLP",
+    "condition",
+    "faded",
+    "fourier",
+    "saturate",
+]
 
 C_BANDWIDTH = 0.2  # of the frequencies of c, in cycles per unit: σ/α is resolved to about a factor of e
 
@@ -90,13 +100,9 @@ class ResidualMLP(Described):
         frequencies = self.x_frequencies[...]
         features = fourier(frequencies @ flat)
         if self.data_std is not None:
-            noise = jax.nn.sigmoid(2 * (c - math.log(self.data_std)))
-            features *= jnp.tile(jnp.exp(-2 * math.pi**2 * noise * jnp.sum(frequencies**2, -1)), 2)
+            features *= jnp.tile(faded(jnp.sum(frequencies**2, -1), c, self.data_std), 2)
         h = self.embed_x(jnp.concatenate([flat, features.astype(x.dtype)]))
-        e = self.embed_c(fourier(self.c_frequencies[...] * c))
-        if self.num_classes:
-            e = e + self.embed_label(jnp.asarray(self.num_classes if label is None else label))
-        e = e.astype(x.dtype)
+        e = condition(self, c, label).astype(x.dtype)
         for block in self.blocks:
             h = block(h, nnx.silu(e))
         out = saturate(self.readout(nnx.silu(h)), self.limit)
@@ -115,6 +121,19 @@ class ResidualBlock(nnx.Module):
 
     def __call__(self, h: jax.Array, e: jax.Array) -> jax.Array:
         return h + self.contract(nnx.silu(self.expand(h) + self.condition(e)))
+
+
+def condition(network: Any, c: jax.Array, label: jax.Array | None) -> jax.Array:
+    """What a network of this package is told of the noise and, if it has classes, of the label; none is any."""
+    e: jax.Array = network.embed_c(fourier(network.c_frequencies[...] * c))
+    if network.num_classes:
+        e = e + network.embed_label(jnp.asarray(network.num_classes if label is None else label))
+    return e
+
+
+def faded(squares: jax.Array, c: jax.Array, data_std: float) -> jax.Array:
+    """exp(−2π²B²g²) for squared frequencies B²: what the noise, g² = σ²/(s² + σ²), leaves of each."""
+    return jnp.exp(-2 * math.pi**2 * jax.nn.sigmoid(2 * (c - math.log(data_std))) * squares)
 
 
 def fourier(phase: jax.Array) -> jax.Array:
