@@ -46,7 +46,7 @@ CHAINS_PER_LOOP = 32  # so that the loops cost about half an evaluation of each 
 
 
 class LevelStats(NamedTuple):
-    """Per level: scalars, and the squared scale and the curvature (D,); stacked over levels."""
+    """Per level: scalars, and the squared scale and the curvature (D,) that were gone by; stacked over levels."""
 
     acceptance_rate: jax.Array
     step_size: jax.Array
@@ -79,7 +79,7 @@ class State(NamedTuple):
         done: stages that are behind it: levels, and then draws.
         particles: the chains, with their weights.
         log_step: the step size.
-        curvature: of −log π at the last level, (D,).
+        curvature: of −log π at the last level, as measured there or as the tuning has it, (D,).
         start_variance: of the chains' start, by site.
         levels: statistics; zeros at levels yet to come.
         draws: kept; zeros in place of those yet to come, and none at all of weighted chains.
@@ -196,7 +196,7 @@ def advance(
         chains, log_step, moved = move(
             key_move, particles.chains, target, log_step, inverse_mass, plan.num_warmup, plan.num_steps
         )
-        bend = curvature(gradients(chains))
+        bend = tuning.curvature[k] if plan.is_tuned else curvature(gradients(chains))
         particles = particles._replace(chains=chains)
         stats = LevelStats(
             acceptance_rate=jnp.mean(moved.acceptance_rate),
