@@ -36,6 +36,7 @@ def runs(**where):
     yield "latents", lehr.AnnealedMCMC(measured, num_chains=16, num_samples=4, **few), (np.array([0.5, 0.2]),)
     nuts = lehr.NUTS(max_num_doublings=3)
     yield "trees", lehr.AnnealedMCMC(MODES, nuts, num_chains=16, num_samples=4, **few), ()
+    yield "replicas", lehr.ReplicaExchange(MODES, num_chains=16, num_samples=4, num_warmup=4, **few), ()
 
 
 if __name__ == "__main__":

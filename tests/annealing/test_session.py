@@ -24,6 +24,9 @@ MAKE = {
     "chains": lambda **options: lehr.AnnealedMCMC(TARGET, num_chains=8, num_samples=5, **FEW, **options),
     "particles": lambda **options: lehr.AnnealedSMC(TARGET, num_particles=32, **FEW, **options),
     "reverse": lambda **options: lehr.Reverse(normal_score(), num_levels=6, num_samples=8, **options),
+    "replicas": lambda **options: lehr.ReplicaExchange(
+        TARGET, num_chains=2, num_samples=5, num_warmup=3, **FEW, **options
+    ),
 }
 
 
@@ -72,7 +75,7 @@ def raises(error):
 
 
 STOPS = [("chains", "run", 2), ("chains", "run", 9), ("particles", "pilot", 3), ("particles", "run", 4),
-         ("reverse", "run", 5)]  # fmt: skip
+         ("reverse", "run", 5), ("replicas", "run", 2), ("replicas", "run", 6)]  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "part", "stage"), STOPS)
@@ -85,6 +88,21 @@ def test_a_run_that_failed_half_way_goes_on_and_ends_as_if_it_had_not(kind, part
     assert same(run, whole[kind])
     assert watch.told[part][0].done == stage, "the stages before are not made again"
     assert not same(run, MAKE[kind](progress=False).run(4))
+
+
+def test_further_draws_are_kept_too(tmp_path):
+    whole = MAKE["replicas"](progress=False)
+    whole.run(3)
+    cut = MAKE["replicas"](progress=Watch("5", 2, raises(OSError("the disk is gone"))), checkpoint=tmp_path)
+    cut.run(3)
+    with pytest.raises(OSError, match="the disk is gone"):
+        cut.extend(4)
+    watch = Watch()
+    again = MAKE["replicas"](progress=watch, checkpoint=tmp_path)
+    again.run(3, resume=True)
+    assert same(again.extend(4), whole.extend(4))
+    assert [standing.done for standing in watch.told["5"]] == [2, 3, 4]
+    assert again.last_run.samples["x"].shape[1] == 9
 
 
 def test_a_run_that_is_over_is_only_read(whole, tmp_path):

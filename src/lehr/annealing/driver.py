@@ -216,6 +216,7 @@ class Driver:
             facts = program.facts(
                 method=type(self).__name__,
                 seed=np.asarray(jax.random.key_data(rng_key)).tolist(),
+                num_warmup=self.num_warmup,
                 pilot=self.pilot,
                 tuning=None if self.tuning is None else digest(tuple(self.tuning)),
                 threshold=self.threshold,

@@ -11,17 +11,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from pathlib import Path as FilePath
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from lehr.annealing.driver import PILOT_CHAINS, Driver
 from lehr.annealing.ladder import Ladder, check_count
 from lehr.annealing.program import Program
-from lehr.annealing.progress import NoMeter
+from lehr.annealing.progress import ProgressMeter, as_meter
 from lehr.annealing.run import Run, make_run
-from lehr.annealing.sweeps import Replicas, Sums, begin, sweeps
+from lehr.annealing.session import Part, Session
+from lehr.annealing.sweeps import Sweeping, begin_sweeps, sweep_on, with_room
 from lehr.annealing.tuning import Tuning
 from lehr.annealing.weights import Weights
 from lehr.kernels import Kernel
@@ -30,6 +35,10 @@ from lehr.programs.path import Path
 
 __all__ = ["ReplicaExchange"]
 
+_begin = jax.jit(begin_sweeps, static_argnums=(0, 1))
+_go_on = jax.jit(sweep_on, static_argnums=(0, 1))
+_renewed = jax.jit(with_room, static_argnums=0)
+
 
 class _Standing(NamedTuple):
     """Where a run stands, and what it needs to go on."""
@@ -37,7 +46,7 @@ class _Standing(NamedTuple):
     program: Program
     tuning: Tuning
     rng_key: jax.Array
-    replicas: Replicas
+    state: Sweeping
 
 
 class ReplicaExchange(Driver):
@@ -54,6 +63,8 @@ class ReplicaExchange(Driver):
         thinning: sweeps for each draw that is kept.
         pilot: chains of the pilot that finds step sizes and scales, at least 2.
         tuning: steps that are known beforehand, in place of a pilot.
+        progress: as for :class:`~lehr.AnnealedMCMC`, and so ``checkpoint``, ``sharding`` and ``max_batch``; a set of
+            replicas is to them what a chain is there.
 
     Raises:
         ValueError: for counts that are not positive integers, a ladder of one level, or an unadjusted kernel.
@@ -77,13 +88,20 @@ class ReplicaExchange(Driver):
         thinning: int = 1,
         pilot: int = PILOT_CHAINS,
         tuning: Tuning | None = None,
+        progress: bool | ProgressMeter = True,
+        checkpoint: str | FilePath | None = None,
+        sharding: Mesh | NamedSharding | None = None,
+        max_batch: int | None = None,
     ) -> None:
         counts = {"num_steps": num_steps, "num_chains": num_chains, "num_samples": num_samples, "thinning": thinning}
         for name, count in counts.items():
             check_count(name, count)
         check_count("num_warmup", num_warmup, least=0)
         pilot = 0 if tuning is not None else pilot
-        super().__init__(model, kernel, ladder, num_steps, 0, num_chains, pilot, tuning, "auto")
+        super().__init__(
+            model, kernel, ladder, num_steps, 0, num_chains, pilot, tuning, "auto", progress, checkpoint, sharding,
+            max_batch,
+        )  # fmt: skip
         if kernel is not None and not kernel.is_adjusted:
             raise ValueError(
                 f"ReplicaExchange swaps by a Metropolis test, which {type(kernel).__name__} would bias: it leaves each "
@@ -98,7 +116,8 @@ class ReplicaExchange(Driver):
         """Go on from where the last run stopped; the Run holds its draws and the new ones.
 
         Args:
-            num_samples: further draws of each chain.
+            num_samples: further draws of each chain. Where the run is kept, so are they: asked for again after they
+                were cut off, they go on.
 
         Raises:
             RuntimeError: if there is nothing to go on from.
@@ -106,67 +125,86 @@ class ReplicaExchange(Driver):
         """
         check_count("num_samples", num_samples)
         last, started = self.last_run, time.monotonic()
-        more = self._drawn(num_samples, last.attrs["evaluations_per_chain"], 0, started)
-        seconds = round(last.attrs["seconds"] + more.attrs["seconds"], 3)
+        assert self._standing is not None
+        program, tuning, rng_key, state = self._standing
+        plan = program.plan._replace(num_draws=num_samples)
+        begin = partial(_renewed, plan, state.replicas, state.sweep)
+        behind = last.sample_stats["lp"].shape[1]
+        standing = _Standing(program._replace(plan=plan), tuning, rng_key, state)
+        with self.session(standing.program, rng_key, self.checkpoint is not None, as_meter(self.progress)) as session:
+            standing = self._sweep(standing, begin, 0, session, f"draws after {behind}")
+        more = self._drawn(standing, 0, last.attrs["evaluations_per_chain"], time.monotonic() - started, session)
+        seconds = {name: round(last.attrs[name] + more.attrs[name], 3) for name in ("seconds", "compile_seconds")}
         self._run = replace(
             more,
             samples=_appended(last.samples, more.samples),
             sample_stats=_appended(last.sample_stats, more.sample_stats),
-            attrs=more.attrs | {"seconds": seconds},
+            attrs=more.attrs | seconds,
         )
         return self._run
 
     def sample(self, program: Program, rng_key: jax.Array, resume: bool = False) -> Run:
         """Tune, start anew at every level, warm up, and draw."""
-        started = time.monotonic()
-        key_pilot, key_start, key_run = jax.random.split(rng_key, 3)
-        with self.session(program, rng_key, resume, NoMeter()) as session:
+        started, plan, made = time.monotonic(), program.plan, 0.0
+        key_pilot, key_start, _ = jax.random.split(rng_key, 3)
+        self._run = self._standing = None
+        with self.session(program, rng_key, resume, as_meter(self.progress)) as session:
             tuning, trial = self.rehearse(program, key_pilot, session)
-        made = 0.0
-        if trial is not None:  # which evaluates at every level to enter it, moving and staying
-            made = trial.num_chains * float(np.sum(trial.levels.evaluations) + 2 * len(program.ladder))
-        replicas = begin(
-            program.structure, program.plan.kernel, self.num_chains, program.constants, program.ladder.times, key_start
-        )
-        self._run, self._standing = None, _Standing(program, tuning, key_run, replicas)
-        if self.num_warmup:
-            self._sweep(self.num_warmup, 1)
-        return self._drawn(self.num_samples, made / self.num_chains, self.num_warmup, started)
+            if trial is not None:  # which evaluates at every level to enter it, moving and staying
+                made = trial.num_chains * float(np.sum(trial.levels.evaluations) + 2 * len(program.ladder))
+            given = plan.layout.shared((program.constants, program.ladder.times, key_start))
+            begin = partial(_begin, program.structure, plan, *given)
+            standing = _Standing(program, tuning, rng_key, jax.eval_shape(begin))
+            standing = self._sweep(standing, begin, self.num_warmup, session, "run")
+        return self._drawn(standing, self.num_warmup, made / self.num_chains, time.monotonic() - started, session)
 
-    def _sweep(self, num_draws: int, thinning: int) -> tuple[Any, Sums]:
-        """Go on; the draws, leaves (draw, chain, ...), and the statistics of these sweeps."""
-        assert self._standing is not None
-        program, tuning, rng_key, replicas = self._standing
-        replicas, draws, sums = sweeps(
-            program.structure, program.plan.kernel, self.num_steps, num_draws, thinning,
-            program.constants, program.ladder.times, tuning, rng_key, replicas,
-        )  # fmt: skip
-        self._standing = self._standing._replace(replicas=replicas)
-        return jax.tree.map(np.asarray, (draws, sums))
+    def _sweep(
+        self, standing: _Standing, begin: Callable[[], Sweeping], num_warmup: int, session: Session, part: str
+    ) -> _Standing:
+        """A warm-up, and then the draws that there is room for, as one part of a session."""
+        program, tuning, rng_key, _ = standing
+        plan, times = program.plan, program.ladder.times
+        key_run = jax.random.split(rng_key, 3)[2]
+        shared = plan.layout.shared((program.constants, times, tuning, key_run, jnp.asarray(num_warmup)))
+        sigma = float(np.exp(-np.asarray(program.path.schedule.log_snr(times[-1])) / 2))
 
-    def _drawn(self, num_draws: int, made: float, num_warmup: int, started: float) -> Run:
-        """Draws from here on, as a Run; ``made`` evaluations of each chain, and a warm-up, lie behind."""
-        assert self._standing is not None
-        draws, sums = self._sweep(num_draws, self.thinning)
-        program, tuning, _, replicas = self._standing
-        num_levels, num_sweeps = len(program.ladder), num_draws * self.thinning
-        made += (float(np.sum(sums.evaluations) / num_sweeps) + num_levels) * (num_sweeps + num_warmup)
+        def go_on(state: Sweeping, stop: int) -> Sweeping:
+            return _go_on(program.structure, plan, *shared, state, plan.layout.shared(jnp.asarray(stop)))
+
+        def stand(state: Sweeping) -> dict[str, float]:
+            num_sweeps = max(int(state.done) - num_warmup, 0) * plan.thinning
+            accepted = float(np.asarray(state.sums.acceptance_rate)[-1]) / num_sweeps if num_sweeps else float("nan")
+            return {"sigma": sigma, "acceptance_rate": accepted, "ess": 1.0}
+
+        like = begin if plan.layout.mesh is not None else partial(jax.eval_shape, begin)
+        state = session.run(Part(part, num_warmup + plan.num_draws, begin, like, go_on, stand))
+        return standing._replace(state=state)
+
+    def _drawn(self, standing: _Standing, num_warmup: int, made: float, seconds: float, session: Session) -> Run:
+        """A Run of the draws; ``made`` evaluations of each chain lie behind, and ``num_warmup`` sweeps."""
+        self._standing = standing
+        program, tuning, _, state = standing
+        plan, num_levels = program.plan, len(program.ladder)
+        draws, sums, round_trips = plan.layout.gathered((state.draws, state.sums, state.replicas.round_trips))
+        num_sweeps = plan.num_draws * plan.thinning
+        made += (float(np.sum(sums.evaluations)) / num_sweeps + num_levels) * (num_sweeps + num_warmup)
         position, logdensity = jax.tree.map(lambda leaf: np.swapaxes(leaf, 0, 1), draws)
         levels: dict[str, Any] = {
-            "acceptance_rate": sums.acceptance_rate,
+            "acceptance_rate": sums.acceptance_rate / num_sweeps,
             "step_size": np.asarray(tuning.step_size),
-            "swap_rate": np.append(sums.swap_rate[:-1], np.nan),
+            "swap_rate": np.append(sums.swap_rate[:-1] / (num_sweeps / 2), np.nan),
             "diverging": sums.divergences,
             "nonfinite": np.zeros(num_levels, int),
         }
         attrs = {
-            "kernel": repr(program.plan.kernel),
+            "kernel": repr(plan.kernel),
             "num_warmup": self.num_warmup,
             "num_steps": self.num_steps * num_sweeps,
             "num_chains": self.num_chains,
-            "round_trips": int(np.sum(replicas.round_trips)),
+            "round_trips": int(np.sum(round_trips)),
             "evaluations_per_chain": round(made, 1),
-            "seconds": round(time.monotonic() - started, 3),
+            "seconds": round(seconds - session.seconds_compiling, 3),
+            "compile_seconds": round(session.seconds_compiling, 3),
         }
         return make_run(
             type(self).__name__, program.path, program.ladder, position, {"lp": logdensity}, levels, attrs, tuning

@@ -11,6 +11,10 @@ latents as they are, and is accepted with probability
 the Jacobians of T and T⁻¹ being reciprocal. Every level is left invariant. A *round trip* is a chain's way from
 the noisiest level to the cleanest and back.
 
+The N sets of K chains know nothing of each other, so a sweep is a function of one set, laid over all of them as
+chains are elsewhere. A sweep of the warm-up and a kept draw are one *stage* each, and the run stands in one
+:class:`Sweeping` after any of them, as that of :mod:`lehr.annealing.loop` does.
+
 References:
     Swendsen & Wang, Replica Monte Carlo simulation of spin glasses, PRL 1986; Geyer, 1991.
     Syed, Bouchard-Côté, Deligiannidis & Doucet, Non-reversible parallel tempering, JRSS B 2022.
@@ -18,7 +22,6 @@ References:
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -26,33 +29,36 @@ import jax.numpy as jnp
 
 from lehr.annealing.entry import target_at
 from lehr.annealing.keys import per_chain
+from lehr.annealing.layout import Layout
+from lehr.annealing.plan import Plan
 from lehr.annealing.tuning import Tuning, with_short_steps
-from lehr.kernels.base import Kernel, Stats
+from lehr.kernels.base import Stats
 from lehr.programs.closure import Constants, Structure
 from lehr.programs.path import Position
 
-__all__ = ["Replicas", "Sums", "begin", "sweeps"]
+__all__ = ["Replicas", "Sums", "Sweeping", "begin_sweeps", "sweep_on", "with_room"]
 
 
 class Replicas(NamedTuple):
-    """N chains at each of K levels.
+    """A set of replicas, one chain at each of K levels; stacked over N sets.
 
     Attributes:
-        chains: kernel states, stacked, (K, N).
-        visited: 1 if the noisiest level was visited later than the cleanest, −1 if earlier, 0 if neither, (K, N).
-        round_trips: that ended so far, (N,).
-        sweep: how many were made.
+        chains: kernel states, (K, ...).
+        visited: 1 if the noisiest level was visited later than the cleanest, −1 if earlier, 0 if neither, (K,).
+        round_trips: that ended so far.
     """
 
     chains: Any
     visited: jax.Array
     round_trips: jax.Array
-    sweep: jax.Array
 
 
 class Sums(NamedTuple):
-    """Statistics of sweeps by level, (K,): mean rates, the swaps being those with the next cleaner level; total
-    divergences; and the total over sweeps of the evaluations of one chain."""
+    """Totals by level, (K,), over the sweeps of the draws that are kept.
+
+    Means over the sets of acceptance rates, of the chance of a swap with the next cleaner level, and of evaluations;
+    and the number of divergences of all.
+    """
 
     acceptance_rate: jax.Array
     swap_rate: jax.Array
@@ -60,126 +66,151 @@ class Sums(NamedTuple):
     evaluations: jax.Array
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def begin(
-    structure: Structure, kernel: Kernel, num_chains: int, constants: Constants, times: jax.Array, rng_key: jax.Array
-) -> Replicas:
+class Sweeping(NamedTuple):
+    """Where a run stands.
+
+    Attributes:
+        done: stages that are behind it: sweeps of the warm-up, and then draws.
+        sweep: how many sweeps were ever made; it names their randomness.
+        replicas: N sets.
+        draws: position and log density at the last level, leaves (draws, N, ...); zeros for those yet to come.
+        sums: of the draws so far.
+    """
+
+    done: jax.Array
+    sweep: jax.Array
+    replicas: Replicas
+    draws: tuple[Position, jax.Array]
+    sums: Sums
+
+
+def begin_sweeps(
+    structure: Structure, plan: Plan, constants: Constants, times: jax.Array, rng_key: jax.Array
+) -> Sweeping:
     """Every level starts from its own Gaussian summary, latents from their prior.
 
     Args:
         structure: the path's functions.
-        kernel: whose states the chains are.
-        num_chains: N.
+        plan: what is static.
         constants: the path's data.
         times: the ladder, (K,).
-        rng_key: for the draws.
+        rng_key: for the starts.
     """
 
-    def one(key: jax.Array, t: jax.Array) -> Any:
+    def level(key: jax.Array, t: jax.Array) -> Any:
         key_position, key_state = jax.random.split(key)
         position = structure.init(constants, key_position, t)
-        return kernel.init(key_state, position, target_at(structure, constants, t))
+        return plan.kernel.init(key_state, position, target_at(structure, constants, t))
 
-    def level(k: jax.Array, t: jax.Array) -> Any:
-        return jax.vmap(lambda key: one(key, t))(per_chain(jax.random.fold_in(rng_key, k), num_chains))
+    def one(key: jax.Array) -> Replicas:
+        chains = jax.vmap(level)(per_chain(key, times.size), times)
+        return Replicas(chains, jnp.zeros(times.size, int), jnp.zeros((), int))
 
-    chains = jax.vmap(level)(jnp.arange(times.size), times)
-    return Replicas(chains, jnp.zeros((times.size, num_chains), int), jnp.zeros(num_chains, int), jnp.zeros((), int))
+    replicas = plan.layout.over(one)(per_chain(rng_key, plan.num_chains))
+    return with_room(plan, replicas, jnp.zeros((), int))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def sweeps(
+def with_room(plan: Plan, replicas: Replicas, sweep: jax.Array) -> Sweeping:
+    """The state of replicas from which ``plan.num_draws`` draws are yet to be made, after so many sweeps."""
+    last = _last(replicas)
+    draws = jax.tree.map(lambda leaf: jnp.zeros((plan.num_draws, *leaf.shape), leaf.dtype), last)
+    zero = jnp.zeros(replicas.visited.shape[1])
+    state = Sweeping(jnp.zeros((), int), sweep, replicas, draws, Sums(zero, zero, zero.astype(int), zero))
+    state = jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype), state)  # no weak types: they
+    return _laid_out(state, plan.layout)  # would make the first segment a program of its own
+
+
+def sweep_on(
     structure: Structure,
-    kernel: Kernel,
-    num_steps: int,
-    num_draws: int,
-    thinning: int,
+    plan: Plan,
     constants: Constants,
     times: jax.Array,
     tuning: Tuning,
     rng_key: jax.Array,
-    replicas: Replicas,
-) -> tuple[Replicas, tuple[Position, jax.Array], Sums]:
-    """``num_draws · thinning`` sweeps.
+    num_warmup: jax.Array,
+    state: Sweeping,
+    stop: jax.Array,
+) -> Sweeping:
+    """Go on until ``stop`` stages are done; pure, to be compiled once per (structure, plan, shapes).
 
     Args:
         structure: the path's functions, with ``moments``.
-        kernel: how chains move at a level.
-        num_steps: transitions of each chain in a sweep.
-        num_draws: of the last level, one after every ``thinning`` sweeps.
-        thinning: sweeps for each draw.
+        plan: what is static: ``num_steps`` transitions in a sweep, ``thinning`` sweeps for each draw.
         constants: the path's data.
         times: the ladder, (K,).
         tuning: steps (K,) and scales (K, D).
         rng_key: the seed; sweeps are told apart by their number.
-        replicas: to go on from.
-
-    Returns:
-        The replicas; position and log density at the last level, leaves (num_draws, N, ...); and statistics.
+        num_warmup: sweeps before the draws.
+        state: where to go on from.
+        stop: at most ``num_warmup`` and the draws that there is room for.
     """
-    one = _Sweep(structure, kernel, num_steps, constants, times, tuning, rng_key, replicas)
+    sweep = _Sweep(structure, plan, constants, times, tuning, state.replicas)
 
-    def draw(replicas: Replicas, _: None) -> tuple[Replicas, Any]:
-        replicas, sums = jax.lax.scan(one, replicas, None, length=thinning)
-        last = jax.tree.map(lambda leaf: leaf[-1], (replicas.chains.position, replicas.chains.logdensity))
-        return replicas, (last, jax.tree.map(lambda leaf: jnp.sum(leaf, 0), sums))
+    def swept(replicas: Replicas, number: jax.Array) -> tuple[Replicas, Sums]:
+        keys = per_chain(jax.random.fold_in(rng_key, number), plan.num_chains)
+        replicas, each = plan.layout.over(lambda key, one: sweep(key, one, number))(keys, replicas)
+        means = jax.tree.map(lambda leaf: jnp.mean(leaf, 0), each)
+        return replicas, means._replace(divergences=jnp.sum(each.divergences, 0))
 
-    replicas, (draws, sums) = jax.lax.scan(draw, replicas, None, length=num_draws)
-    total = jax.tree.map(lambda leaf: jnp.sum(leaf, 0), sums)
-    count = num_draws * thinning
-    rates = Sums(total.acceptance_rate / count, total.swap_rate / (count / 2), total.divergences, total.evaluations)
-    return replicas, draws, rates
+    def warm_up(state: Sweeping) -> Sweeping:
+        replicas, _ = swept(state.replicas, state.sweep)
+        state = state._replace(done=state.done + 1, sweep=state.sweep + 1, replicas=replicas)
+        return _laid_out(state, plan.layout)
+
+    def draw(state: Sweeping) -> Sweeping:
+        replicas, sums = jax.lax.scan(swept, state.replicas, state.sweep + jnp.arange(plan.thinning))
+        total = jax.tree.map(lambda so_far, new: so_far + jnp.sum(new, 0), state.sums, sums)
+        i = state.done - num_warmup
+        draws = jax.tree.map(lambda rows, row: rows.at[i].set(row), state.draws, _last(replicas))
+        return _laid_out(Sweeping(state.done + 1, state.sweep + plan.thinning, replicas, draws, total), plan.layout)
+
+    state = jax.lax.while_loop(lambda s: s.done < jnp.minimum(stop, num_warmup), warm_up, state)
+    return jax.lax.while_loop(lambda s: (num_warmup <= s.done) & (s.done < stop), draw, state)
 
 
 class _Sweep:
-    """``sweep(replicas, None) -> (replicas, Sums)``, the statistics being those of one sweep."""
+    """``sweep(key, replicas, number)``: one set after one sweep, and what happened at each level."""
 
     def __init__(
         self,
         structure: Structure,
-        kernel: Kernel,
-        num_steps: int,
+        plan: Plan,
         constants: Constants,
         times: jax.Array,
         tuning: Tuning,
-        rng_key: jax.Array,
         replicas: Replicas,
     ) -> None:
-        self.structure, self.kernel, self.constants, self.times = structure, kernel, constants, times
-        self.num_steps, self.rng_key = num_steps, rng_key
-        self.step = with_short_steps(kernel.build(), tuning.short_share)
+        self.structure, self.kernel, self.constants, self.times = structure, plan.kernel, constants, times
+        self.num_steps, self.step = plan.num_steps, with_short_steps(plan.kernel.build(), tuning.short_share)
         self.step_sizes, self.masses = tuning.step_size, jnp.asarray(tuning.scale) ** 2
         some = jax.tree.map(lambda leaf: leaf[0, 0], replicas.chains.position)
         self.means, self.stds = jax.vmap(lambda t: structure.moments(constants, some, t))(times)
 
-    def __call__(self, replicas: Replicas, _: None) -> tuple[Replicas, Sums]:
-        size, n = replicas.visited.shape
-        levels = jnp.arange(size)
-        key_move, key_swap = jax.random.split(jax.random.fold_in(self.rng_key, replicas.sweep))
-        keys = jax.vmap(lambda k: per_chain(jax.random.fold_in(key_move, k), n))(levels)
-        chains, moved = jax.vmap(jax.vmap(self._move, (0, 0, None)))(keys, replicas.chains, levels)
-        partner = _partners(levels, replicas.sweep)
+    def __call__(self, rng_key: jax.Array, replicas: Replicas, number: jax.Array) -> tuple[Replicas, Sums]:
+        levels = jnp.arange(self.times.size)
+        key_move, key_swap = jax.random.split(rng_key)
+        chains, moved = jax.vmap(self._move)(per_chain(key_move, levels.size), replicas.chains, levels)
+        partner = _partners(levels, number)
         offered = jax.tree.map(lambda leaf: leaf[partner], chains)
-        offered = jax.vmap(jax.vmap(self._carried, (0, None, None)))(offered, levels, partner)
-        change = jnp.where((partner == levels)[:, None], 0.0, offered.logdensity - chains.logdensity)
+        offered = jax.vmap(self._carried)(offered, levels, partner)
+        change = jnp.where(partner == levels, 0.0, offered.logdensity - chains.logdensity)
         log_ratio = change + change[partner]
-        uniform = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(key_swap, k), (n,)))(levels)
-        uniform = uniform[jnp.minimum(levels, partner)]  # one number for both of a pair
-        accepted = (jnp.log(uniform) < log_ratio) & (partner != levels)[:, None]
+        uniform = jax.random.uniform(key_swap, (levels.size,))[jnp.minimum(levels, partner)]  # one for both of a pair
+        accepted = (jnp.log(uniform) < log_ratio) & (partner != levels)
 
         def swapped(new: jax.Array, old: jax.Array) -> jax.Array:
-            return jnp.where(accepted.reshape(size, n, *[1] * (new.ndim - 2)), new, old)
+            return jnp.where(accepted.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
         chains = jax.tree.map(swapped, offered, chains)
         visited, returned = _visits(swapped(replicas.visited[partner], replicas.visited))
-        chance = jnp.mean(jnp.exp(jnp.minimum(jnp.nan_to_num(log_ratio, nan=-jnp.inf), 0.0)), 1)
-        sums = Sums(
-            acceptance_rate=jnp.mean(moved.acceptance_rate, 1),
-            swap_rate=jnp.where(partner > levels, chance, 0.0),
-            divergences=jnp.sum(moved.is_divergent, 1),
-            evaluations=jnp.mean(moved.evaluations, 1),
+        chance = jnp.exp(jnp.minimum(jnp.nan_to_num(log_ratio, nan=-jnp.inf), 0.0))
+        happened = Sums(
+            moved.acceptance_rate,
+            jnp.where(partner > levels, chance, 0.0),
+            moved.is_divergent,
+            jnp.asarray(moved.evaluations),
         )
-        return Replicas(chains, visited, replicas.round_trips + returned, replicas.sweep + 1), sums
+        return Replicas(chains, visited, replicas.round_trips + returned), happened
 
     def _move(self, rng_key: jax.Array, chain: Any, k: jax.Array) -> tuple[Any, Stats]:
         """One chain at level k: ``num_steps`` transitions, with their mean acceptance and totals of the rest."""
@@ -201,14 +232,26 @@ class _Sweep:
         return self.kernel.refresh(chain._replace(position=position), target)
 
 
-def _partners(levels: jax.Array, sweep: jax.Array) -> jax.Array:
+def _partners(levels: jax.Array, number: jax.Array) -> jax.Array:
     """The level that each may swap with in a sweep; itself where there is none."""
-    asks = (levels + sweep) % 2 == 0  # the next, cleaner one
+    asks = (levels + number) % 2 == 0  # the next, cleaner one
     return jnp.clip(jnp.where(asks, levels + 1, levels - 1), 0, levels.size - 1)
 
 
 def _visits(visited: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What each chain visited last, after a sweep, and which of the N chains at the noisiest level ended a trip."""
+    """What each chain visited last, after a sweep, and whether the one at the noisiest level ended a trip."""
     returned = visited[0] == -1
     down = jnp.where(visited[-1] == 1, -1, visited[-1])
     return visited.at[0].set(1).at[-1].set(down), returned
+
+
+def _last(replicas: Replicas) -> tuple[Position, jax.Array]:
+    """Position and log density of every set at the last level."""
+    return jax.tree.map(lambda leaf: leaf[:, -1], (replicas.chains.position, replicas.chains.logdensity))
+
+
+def _laid_out(state: Sweeping, layout: Layout) -> Sweeping:
+    """The same state, with its sets on the devices that they belong to, and all else on every one."""
+    shared = layout.spread((state.done, state.sweep, state.sums), axis=None)
+    done, sweep, sums = shared
+    return Sweeping(done, sweep, layout.spread(state.replicas), layout.spread(state.draws, axis=1), sums)
