@@ -105,6 +105,21 @@ def test_several_discrete_latents_are_listed_jointly():
     np.testing.assert_allclose(got, prior + special.logsumexp(terms), rtol=1e-5)
 
 
+@pytest.mark.parametrize("energy", ["uncalibrated", "product"])
+def test_labels_whose_normalisers_nobody_knows_are_warned_of(energy):
+    def model():
+        z = numpyro.sample("z", dist.Bernoulli(0.5))
+        p = lehr.Gaussian(jnp.asarray(LOCS)[z], 0.5, SCHEDULE)
+        if energy == "product":
+            p = p * lehr.Gaussian(jnp.zeros(2), 1.0, SCHEDULE)
+        else:
+            p = lehr.EnergyNetwork((lambda shift, x, c: x - shift, z), SCHEDULE, (2,), calibrated=False)
+        numpyro.sample("x", lehr.Diffusion(p))
+
+    with pytest.warns(UserWarning, match="depends on the discrete latent 'z'.*normaliser is unknown"):
+        lehr.Path(model)()
+
+
 @pytest.mark.slow
 def test_smc_finds_the_labels_of_what_was_observed():
     n = 4000

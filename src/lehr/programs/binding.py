@@ -114,8 +114,8 @@ class Binding:
             raise TypeError(
                 f"{who} needs the denoiser of every factor, E[x₀ | x_t], and the site {self.without_denoiser[0]!r} has "
                 "none: its density is not the noised density of any data (a floor under a density, a mixture of "
-                'products). Use weights="energy", or build the site from models, products of models and lehr.Mixture '
-                "of models."
+                'products), or a discrete latent is summed out of it. Use weights="energy", or build the site from '
+                "models, products of models and lehr.Mixture of models; from a mixture's x its label can be drawn."
             )
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Site]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ Site = dict[str, Any]
 
 
 def check_connections(sites: list[Site], depends: Mapping[str, set[str]], discrete: Iterable[str]) -> None:
-    """Refuse a model whose sites depend on each other as no path can follow.
+    """Refuse a model whose sites depend on each other as no path can follow; warn of masses that nobody knows.
 
     Args:
         sites: all of them.
@@ -49,11 +50,19 @@ def check_connections(sites: list[Site], depends: Mapping[str, set[str]], discre
                 "it enters, so that it says nothing of x. Write its parameters, or its obs, as a function of x."
             )
         labels = sorted(depends[name] & set(discrete))
-        if labels and any(not is_energy(d) for d in diffusions(site["fn"])):
+        if labels and not all(is_energy(d) for d in diffusions(site["fn"])):
             raise ValueError(
                 f"the Diffusion at site {name!r} is known through a score and depends on the discrete latent "
                 f"{labels[0]!r}: a score does not know the mass of a label. Give a calibrated energy, or observe the "
                 "label."
+            )
+        models = diffusions(site["fn"])
+        if labels and not all(d.potential.is_diffusion and d.potential.is_calibrated for d in models):
+            warnings.warn(
+                f"the Diffusion at site {name!r} depends on the discrete latent {labels[0]!r}, and is a product, or an "
+                "energy that was not calibrated: each label's normaliser is unknown, and so are the masses of the "
+                "labels. Give a calibrated energy for each, or observe the label.",
+                stacklevel=2,
             )
 
 
