@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 import lehr
-from lehr.annealing.progress import NoMeter, PlainLines, RichBar, Standing, as_meter
+from lehr.annealing.progress import NoMeter, PlainLines, RichBar, Standing, as_meter, counted
 
 STANDING = Standing(done=3, total=12, sigma=0.1234, acceptance_rate=0.76, ess=0.5, seconds_left=3725)
 
@@ -100,3 +100,14 @@ def test_a_meter_is_told_of_the_end_of_a_run_that_fails():
     with pytest.raises(ZeroDivisionError):
         lehr.AnnealedSMC(lehr.Gaussian(jnp.zeros(2), 1.0), ladder=5, num_particles=8, progress=told).run(0)
     assert told.said[-1] == "end"
+
+
+def test_many_runs_are_one_piece_of_work():
+    """Evidence and calibration make a run for each island or simulation; of these nobody is told, and none is kept."""
+    told = Told()
+    assert list(counted(told, "evidence", "abc")) == ["a", "b", "c"]
+    assert told.said[0] == ("evidence", 3)
+    assert [said.done for said in told.said[1:-1]] == [1, 2, 3]
+    assert str(told.said[3]) == "0:00 left"
+    part = lehr.AnnealedSMC(lehr.Gaussian(jnp.zeros(2), 1.0), progress=told, checkpoint="kept").as_part()
+    assert (part.progress, part.checkpoint) == (False, None)

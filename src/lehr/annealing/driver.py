@@ -138,6 +138,12 @@ class Driver:
         driver.path = path
         return driver
 
+    def as_part(self) -> Self:
+        """The same driver as a part of a larger work: it says nothing and keeps nothing."""
+        driver = copy.copy(self)
+        driver.progress, driver.checkpoint = False, None
+        return driver
+
     def prepare(self, path: Path, t_min: float | None = None) -> Program:
         """What is known of a run before it is compiled.
 

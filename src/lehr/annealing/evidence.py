@@ -27,6 +27,7 @@ import numpy as np
 from lehr.annealing.drivers import AnnealedSMC
 from lehr.annealing.keys import as_key
 from lehr.annealing.ladder import check_count
+from lehr.annealing.progress import as_meter, counted
 from lehr.potentials.base import Potential
 from lehr.programs.path import Path
 
@@ -73,7 +74,8 @@ def evidence(
     """log p(y) of a model, whatever its factors' own normalisers are.
 
     Args:
-        model: a NumPyro model, a path, or an :class:`~lehr.AnnealedSMC` that says how to sample it.
+        model: a NumPyro model, a path, or an :class:`~lehr.AnnealedSMC` that says how to sample it; of its runs
+            none is kept.
         rng_key: a JAX key, or an integer seed.
         args: the model's arguments, as for :meth:`AnnealedSMC.run`.
         num_islands: independent runs of each integral, at least 2.
@@ -89,22 +91,23 @@ def evidence(
     check_count("num_islands", num_islands, least=2)
     if isinstance(model, Potential):
         raise TypeError("a potential has no data to be the evidence of; AnnealedSMC(p).run(key).log_evidence is log Z.")
-    smc = model if isinstance(model, AnnealedSMC) else AnnealedSMC(model, progress=False)
+    smc = model if isinstance(model, AnnealedSMC) else AnnealedSMC(model)
     path = smc.bind(*args, **kwargs)
     prior = path.prior()
     if prior.other_sites == path.other_sites:
         raise ValueError("the model has no observed site besides its Diffusion sites, and so no evidence of any data.")
     key_posterior, key_prior = jax.random.split(as_key(rng_key))
-    above = _islands(smc, path, key_posterior, num_islands)
+    above = _islands(smc, path, key_posterior, num_islands, "posterior")
     known = prior.is_normalised and (path.is_calibrated or smc.weights_of(path) == "path")
-    below = np.zeros(1) if known else _islands(smc, prior, key_prior, num_islands)
+    below = np.zeros(1) if known else _islands(smc, prior, key_prior, num_islands, "prior")
     (log_above, error_above), (log_below, error_below) = _log_mean(above), _log_mean(below)
     return Evidence(log_above - log_below, float(np.hypot(error_above, error_below)), above, below)
 
 
-def _islands(smc: AnnealedSMC, path: Path, rng_key: jax.Array, num_islands: int) -> np.ndarray:
-    driver = smc.on(path)
-    return np.array([driver.run(key).log_evidence for key in jax.random.split(rng_key, num_islands)])
+def _islands(smc: AnnealedSMC, path: Path, rng_key: jax.Array, num_islands: int, what: str) -> np.ndarray:
+    driver, keys = smc.on(path).as_part(), list(jax.random.split(rng_key, num_islands))
+    runs = counted(as_meter(smc.progress), f"evidence, {what}", keys)
+    return np.array([driver.run(key).log_evidence for key in runs])
 
 
 def _log_mean(log_values: np.ndarray) -> tuple[float, float]:

@@ -8,16 +8,19 @@ your own is a subclass of :class:`ProgressMeter`, given as ``progress=``.
 from __future__ import annotations
 
 import abc
+import math
 import multiprocessing
 import time
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-__all__ = ["NoMeter", "PlainLines", "ProgressMeter", "RichBar", "Standing", "as_meter"]
+__all__ = ["NoMeter", "PlainLines", "ProgressMeter", "RichBar", "Standing", "as_meter", "counted"]
 
+T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -27,24 +30,26 @@ class Standing(NamedTuple):
     Attributes:
         done: stages behind it: levels, and then draws.
         total: stages in all.
-        sigma: σ/α of the level it is at, the noise in units of the data.
+        sigma: σ/α of the level it is at, the noise in units of the data; NaN of several runs.
         acceptance_rate: mean acceptance there; NaN where nobody knows it.
-        ess: effective share of the weights, in [0, 1]; 1 for chains without.
+        ess: effective share of the weights, in [0, 1]; 1 for chains without, NaN of several runs.
         seconds_left: at the pace so far; None before there is one.
     """
 
     done: int
     total: int
-    sigma: float
-    acceptance_rate: float
-    ess: float
-    seconds_left: float | None
+    sigma: float = math.nan
+    acceptance_rate: float = math.nan
+    ess: float = math.nan
+    seconds_left: float | None = None
 
     def __str__(self) -> str:
-        said = [f"σ {self.sigma:.3g}"]
-        if self.acceptance_rate == self.acceptance_rate:
-            said.append(f"accepted {self.acceptance_rate:.2f}")
-        said.append(f"ESS {self.ess:.0%}")
+        known = {
+            f"σ {self.sigma:.3g}": self.sigma,
+            f"accepted {self.acceptance_rate:.2f}": self.acceptance_rate,
+            f"ESS {self.ess:.0%}": self.ess,
+        }
+        said = [words for words, value in known.items() if not math.isnan(value)]
         if self.seconds_left is not None:
             said.append(f"{_clock(self.seconds_left)} left")
         return "  ".join(said)
@@ -149,6 +154,25 @@ def as_meter(progress: bool | ProgressMeter) -> ProgressMeter:
         return NoMeter()
     console = Console(stderr=True)
     return RichBar(console) if console.is_terminal or console.is_jupyter else PlainLines(console)
+
+
+def counted(meter: ProgressMeter, label: str, items: Sequence[T]) -> Iterator[T]:
+    """``items``, one after the other: many runs that are one piece of work to who watches.
+
+    Args:
+        meter: is told of each that is done with.
+        label: what is done.
+        items: any, of a known number.
+    """
+    meter.begin(label, len(items))
+    try:
+        started = time.monotonic()
+        for done, item in enumerate(items, 1):
+            yield item
+            pace = (time.monotonic() - started) / done
+            meter.update(Standing(done, len(items), seconds_left=pace * (len(items) - done)))
+    finally:
+        meter.end()
 
 
 def _clock(seconds: Any) -> str:

@@ -13,7 +13,6 @@ References:
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +31,7 @@ from lehr.annealing.drivers import AnnealedSMC
 from lehr.annealing.keys import as_key
 from lehr.annealing.ladder import check_count
 from lehr.annealing.program import Program
+from lehr.annealing.progress import as_meter, counted
 from lehr.annealing.run import Run
 from lehr.programs.path import Path
 
@@ -113,7 +113,8 @@ def sbc(
     """Simulation-based calibration of a model under a driver.
 
     Args:
-        model: a NumPyro model, or a driver of one that says how to sample it (256 particles by default).
+        model: a NumPyro model, or a driver of one that says how to sample it (256 particles by default); of its
+            runs none is kept.
             Called with ``args`` it draws its data, as for a prior predictive: ``y=None``.
         prior: where simulations come from: another NumPyro model with the same sites; or draws of the
             latents by site, shape (S, *site), for priors that cannot be drawn from directly, such as products;
@@ -137,7 +138,7 @@ def sbc(
     check_count("num_draws", num_draws, least=BINS - 1)
     if (num_draws + 1) % BINS:
         raise ValueError(f"num_draws + 1 must be a multiple of {BINS}, for the bins to be equal; got {num_draws=}.")
-    driver = model if isinstance(model, Driver) else AnnealedSMC(model, num_particles=256, progress=False)
+    driver = model if isinstance(model, Driver) else AnnealedSMC(model, num_particles=256)
     free = driver.path(*args, **kwargs)
     observed = free.sinks if data is None else (data,) if isinstance(data, str) else tuple(data)
     unknown = [name for name in observed if name not in free.other_sites]
@@ -150,8 +151,9 @@ def sbc(
     truth = _simulate(driver.path.model, prior, key_prior, num_simulations, args, kwargs)
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key_rank)))
     ranks: dict[str, list[int]] = {}
-    infer = _Inference(driver, args, kwargs)
-    for i, key in enumerate(jax.random.split(key_run, num_simulations)):
+    infer = _Inference(driver.as_part(), args, kwargs)
+    keys = list(enumerate(jax.random.split(key_run, num_simulations)))
+    for i, key in counted(as_meter(driver.progress), "calibration", keys):
         given = {name: jnp.asarray(truth[name][i]) for name in observed}
         posterior = _draws(infer(key, given), num_draws, rng)
         true = {name: value[i] for name, value in truth.items() if name in posterior}
@@ -168,7 +170,7 @@ class _Inference:
 
     def __init__(self, driver: Driver, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         model = driver.path.model
-        self.driver, self.args, self.kwargs = copy.copy(driver), args, kwargs
+        self.driver, self.args, self.kwargs = driver, args, kwargs
         self.unbound = Path(lambda data, *a, **k: handlers.condition(model, data=data)(*a, **k), driver.path.guidance)
         self.programs: list[tuple[Program, dict[str, jax.Array]]] = []
         self.is_shared: bool | None = None if type(driver).run is Driver.run else False
