@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -93,15 +94,27 @@ def save(
         "network": {"type": type(module).__name__, **module.arguments()},
         "schedule": _describe_schedule(potential.schedule),
         "event_shape": list(potential.event_shape),
-        "mean": np.asarray(potential.mean).tolist(),
-        "std": np.asarray(potential.std).tolist(),
+        "mean": _once(potential.mean),
+        "std": _once(potential.std),
         "feature_scale": float(potential.feature_scale),
         "stored": dtype,
         **(_energy(potential) if isinstance(potential, EnergyNetwork) else _score(potential)),
         "sha256": _hash(weights),
     }
-    file.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n")
+    file.write_text(_written(card))
     return weights
+
+
+def _once(value: Any) -> Any:
+    """An array as a list, or the one number that it holds everywhere."""
+    array = np.asarray(value)
+    return array.flat[0].item() if np.all(array == array.flat[0]) else array.tolist()
+
+
+def _written(card: dict[str, Any]) -> str:
+    """A card as people read it: an entry a line, a row of numbers a line."""
+    text = json.dumps(card, indent=2, ensure_ascii=False)
+    return re.sub(r"\[[^\[\]{}]*\]", lambda row: "[" + " ".join(row[0][1:-1].split()) + "]", text) + "\n"
 
 
 def _energy(potential: EnergyNetwork) -> dict[str, Any]:

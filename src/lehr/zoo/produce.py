@@ -82,6 +82,7 @@ def produce(
         "licence": data.licence,
         "classes": data.num_classes,
         "value_range": [float(data.events.min()), float(data.events.max())],
+        "sigma_range": list(making.sigma_range),
         "grain": data.grain,
         "training": [dataclasses.asdict(recipe) for recipe in recipes],
         "seed": seed,
