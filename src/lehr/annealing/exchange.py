@@ -127,13 +127,13 @@ class ReplicaExchange(Driver):
         last, started = self.last_run, time.monotonic()
         assert self._standing is not None
         program, tuning, rng_key, state = self._standing
-        plan = program.plan._replace(num_draws=num_samples)
-        begin = partial(_renewed, plan, state.replicas, state.sweep)
-        behind = last.sample_stats["lp"].shape[1]
-        standing = _Standing(program._replace(plan=plan), tuning, rng_key, state)
-        with self.session(standing.program, rng_key, self.checkpoint is not None, as_meter(self.progress)) as session:
-            standing = self._sweep(standing, begin, 0, session, f"draws after {behind}")
-        more = self._drawn(standing, 0, last.attrs["evaluations_per_chain"], time.monotonic() - started, session)
+        program = program._replace(plan=program.plan._replace(num_draws=num_samples))
+        begin = partial(_renewed, program.plan, state.replicas, state.sweep)
+        part = f"draws after {last.sample_stats['lp'].shape[1]}"
+        with self.session(program, rng_key, self.checkpoint is not None, as_meter(self.progress)) as session:
+            state = self._sweep(program, tuning, rng_key, begin, 0, session, part)
+        self._standing = _Standing(program, tuning, rng_key, state)
+        more = self._drawn(0, last.attrs["evaluations_per_chain"], time.monotonic() - started, session)
         seconds = {name: round(last.attrs[name] + more.attrs[name], 3) for name in ("seconds", "compile_seconds")}
         self._run = replace(
             more,
@@ -154,15 +154,21 @@ class ReplicaExchange(Driver):
                 made = trial.num_chains * float(np.sum(trial.levels.evaluations) + 2 * len(program.ladder))
             given = plan.layout.shared((program.constants, program.ladder.times, key_start))
             begin = partial(_begin, program.structure, plan, *given)
-            standing = _Standing(program, tuning, rng_key, jax.eval_shape(begin))
-            standing = self._sweep(standing, begin, self.num_warmup, session, "run")
-        return self._drawn(standing, self.num_warmup, made / self.num_chains, time.monotonic() - started, session)
+            state = self._sweep(program, tuning, rng_key, begin, self.num_warmup, session, "run")
+        self._standing = _Standing(program, tuning, rng_key, state)
+        return self._drawn(self.num_warmup, made / self.num_chains, time.monotonic() - started, session)
 
     def _sweep(
-        self, standing: _Standing, begin: Callable[[], Sweeping], num_warmup: int, session: Session, part: str
-    ) -> _Standing:
+        self,
+        program: Program,
+        tuning: Tuning,
+        rng_key: jax.Array,
+        begin: Callable[[], Sweeping],
+        num_warmup: int,
+        session: Session,
+        part: str,
+    ) -> Sweeping:
         """A warm-up, and then the draws that there is room for, as one part of a session."""
-        program, tuning, rng_key, _ = standing
         plan, times = program.plan, program.ladder.times
         key_run = jax.random.split(rng_key, 3)[2]
         shared = plan.layout.shared((program.constants, times, tuning, key_run, jnp.asarray(num_warmup)))
@@ -177,13 +183,12 @@ class ReplicaExchange(Driver):
             return {"sigma": sigma, "acceptance_rate": accepted, "ess": 1.0}
 
         like = begin if plan.layout.mesh is not None else partial(jax.eval_shape, begin)
-        state = session.run(Part(part, num_warmup + plan.num_draws, begin, like, go_on, stand))
-        return standing._replace(state=state)
+        return session.run(Part(part, num_warmup + plan.num_draws, begin, like, go_on, stand))
 
-    def _drawn(self, standing: _Standing, num_warmup: int, made: float, seconds: float, session: Session) -> Run:
+    def _drawn(self, num_warmup: int, made: float, seconds: float, session: Session) -> Run:
         """A Run of the draws; ``made`` evaluations of each chain lie behind, and ``num_warmup`` sweeps."""
-        self._standing = standing
-        program, tuning, _, state = standing
+        assert self._standing is not None
+        program, tuning, _, state = self._standing
         plan, num_levels = program.plan, len(program.ladder)
         draws, sums, round_trips = plan.layout.gathered((state.draws, state.sums, state.replicas.round_trips))
         num_sweeps = plan.num_draws * plan.thinning
