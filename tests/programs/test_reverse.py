@@ -195,6 +195,20 @@ def test_a_draw_knows_its_density_wherever_a_likelihood_moves_it(pull):
         assert np.abs(np.cov(z) - np.eye(2)).max() < 4 * np.sqrt(2 / 4000)
 
 
+def test_a_draw_is_a_smooth_function_of_where_it_starts():
+    """Deep within a mode the covariance is nearly isotropic, and its eigenvectors are anyone's guess."""
+    with jax.enable_x64(True):
+        path = lehr.Path(lehr.GaussianMixture([[-1.0, 0.0], [1.0, 0.5]], 0.3))
+        starts, apart = np.random.default_rng(0).normal([1.0, 0.5], 0.3, (8, 2)), 1e-12
+
+        def root(x):
+            position = {"x": x}
+            return reverse_step(path, position, jax.grad(path.surrogate)(position, 0.1), 0.1, 0.01).root
+
+        here, there = jax.jit(jax.vmap(root))(np.concatenate([starts, starts + apart])).reshape(2, 8, 2, 2)
+    assert np.abs(here - there).max() < 1e3 * apart
+
+
 def test_a_likelihood_pulls_towards_itself_and_by_three_deviations_at_most():
     far = np.array([50.0, 50.0])
     found = steps(lambda: likely(far, 0.05))

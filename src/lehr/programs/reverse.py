@@ -73,13 +73,14 @@ class ReverseStep(NamedTuple):
 
     Attributes:
         mean: of K without the likelihood, shape (D,).
-        root: a square root of its covariance: (D, D), or (D,) where it is diagonal.
+        root: the symmetric square root of its covariance, which unlike others is a smooth function of it: (D, D), or
+            (D,) where it is diagonal.
         log_det: the logarithm of its determinant.
         shift: by which the likelihood moves it, in units of ``root``, shape (D,).
         log_weight: log ∫ G dx.
         log_stay: log Π (r_i/f)^{w_i} for a chain that stays where it is: the change of log density there.
-        excess: what had to be added to the precision of G along each column of ``root`` to make a
-            density of it, times that precision: zeros, but for powers and contrasts that are none.
+        excess: what had to be added to the precision of G to make a density of it, laid out as ``root``:
+            zeros, but for powers and contrasts that are none.
     """
 
     mean: jax.Array
@@ -94,10 +95,8 @@ class ReverseStep(NamedTuple):
         """x, flat, and log G(x) − log K(x), and log K(x)."""
         noise = jax.random.normal(rng_key, self.mean.shape)
         moved = noise + self.shift
-        step = self.root @ moved if self.root.ndim == 2 else self.root * moved
-        x = self.mean + step
-        along = self.root.T @ x if self.root.ndim == 2 else self.root * x
-        log_ratio = self.log_weight + jnp.sum(noise**2 - moved**2 + self.excess * along**2) / 2
+        x = self.mean + _times(self.root, moved)
+        log_ratio = self.log_weight + (jnp.sum(noise**2 - moved**2) + jnp.dot(x, _times(self.excess, x))) / 2
         return x, log_ratio, jnp.sum(norm.logpdf(noise)) - self.log_det
 
 
@@ -142,17 +141,16 @@ def reverse_step(path: Path, position: Position, gradient: Position, t_from: Arr
     if with_covariance:
         bare, vectors = jnp.linalg.eigh(-jax.hessian(log_g)(origin))
         values = jnp.maximum(bare, least)
-        root = vectors * values**-0.5
-        mean = root @ (root.T @ slope)
-        log_det = jnp.sum(jnp.log(values))
+        root, excess = ((vectors * c) @ vectors.T for c in (values**-0.5, values - bare))
     else:
         bare = slope - jax.grad(log_g)(jnp.ones_like(flat))
         values = jnp.maximum(bare, least)
-        root, mean, log_det = values**-0.5, slope / values, jnp.sum(jnp.log(values))
+        root, excess = values**-0.5, values - bare
+    mean, log_det = _times(root, _times(root, slope)), jnp.sum(jnp.log(values))
     log_weight = constant + jnp.dot(slope, mean) / 2 + (flat.size * math.log(2 * math.pi) - log_det) / 2
     shift = _shift(path, position, gradient, root, t_from, noisy, clean)
     log_stay = log_g(flat) - log_forward(flat, flat, noisy, clean)
-    return ReverseStep(mean, root, -log_det / 2, shift, log_weight, log_stay, (values - bare) * values)
+    return ReverseStep(mean, root, -log_det / 2, shift, log_weight, log_stay, excess)
 
 
 def start_density(path: Path, position: Position, t: ArrayLike) -> jax.Array:
@@ -267,5 +265,9 @@ def _shift(
     own = jax.grad(path.as_scores().unknown)(position, t)
     pull = ravel_pytree({k: gradient[k] - own[k] for k in path.diffusion_sites})[0]
     pull = pull * noisy.alpha / clean.alpha * jnp.exp(clean.log_snr - noisy.log_snr)
-    shift = root.T @ pull if root.ndim == 2 else root * pull
-    return jnp.clip(jnp.nan_to_num(shift), -LARGEST_SHIFT, LARGEST_SHIFT)
+    return jnp.clip(jnp.nan_to_num(_times(root, pull)), -LARGEST_SHIFT, LARGEST_SHIFT)
+
+
+def _times(matrix: jax.Array, vector: jax.Array) -> jax.Array:
+    """The product of a symmetric matrix, (D, D) or diagonal (D,), with a vector."""
+    return matrix @ vector if matrix.ndim == 2 else matrix * vector
