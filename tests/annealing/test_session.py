@@ -187,7 +187,6 @@ print("begins", flush=True)
 run = mcmc.run(3, resume=True)
 if jax.process_index() == 0:
     np.save(sys.argv[2], run.samples["x"])
-print(run.attrs["seconds"], flush=True)
 """
 
 

@@ -182,7 +182,7 @@ class ReplicaExchange(Driver):
             accepted = float(np.asarray(state.sums.acceptance_rate)[-1]) / num_sweeps if num_sweeps else float("nan")
             return {"sigma": sigma, "acceptance_rate": accepted, "ess": 1.0}
 
-        like = begin if plan.layout.mesh is not None else partial(jax.eval_shape, begin)
+        like = partial(plan.layout.like, begin)
         return session.run(Part(part, num_warmup + plan.num_draws, begin, like, go_on, stand))
 
     def _drawn(self, num_warmup: int, made: float, seconds: float, session: Session) -> Run:

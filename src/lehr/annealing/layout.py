@@ -86,6 +86,10 @@ class Layout(NamedTuple):
         sharding = NamedSharding(self.mesh, spec)
         return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, sharding), tree)
 
+    def like(self, make: Callable[[], Any]) -> Any:
+        """What a tree that was kept is read onto: the shapes of what ``make`` makes; on a mesh, where it lies too."""
+        return jax.eval_shape(make) if self.mesh is None else make()
+
     def gathered(self, tree: Any) -> Any:
         """``tree`` as numpy arrays, all of it in every process."""
         if self.mesh is not None and self.mesh.is_multi_process:

@@ -30,6 +30,7 @@ from lehr.annealing.entry import Entry, is_sound, target_at
 from lehr.annealing.keys import per_chain
 from lehr.annealing.mover import Mover
 from lehr.annealing.plan import Plan
+from lehr.annealing.stages import put, strong
 from lehr.annealing.start import begin
 from lehr.annealing.tuning import Tuning, curvature, pooled_scale
 from lehr.annealing.weights import Particles, overall, weigh
@@ -139,8 +140,7 @@ def begin_run(
     state = State(
         jnp.zeros((), int), particles, jnp.log(tuning.step_size[0]), jnp.ones(dimension), variance, levels, draws
     )
-    state = jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype), state)  # no weak types: they
-    return _laid_out(state, plan)  # would make the first segment a program of its own
+    return _laid_out(strong(state), plan)
 
 
 def advance(
@@ -214,7 +214,7 @@ def advance(
             curvature=bend,
             moves=entered.moves,
         )
-        levels = _put(state.levels, stats, k)
+        levels = put(state.levels, stats, k)
         return _laid_out(State(k + 1, particles, log_step, bend, state.start_variance, levels, state.draws), plan)
 
     def draw(state: State) -> State:
@@ -224,7 +224,7 @@ def advance(
         target = target_at(structure, constants, times[-1])
         scale = state.levels.inverse_mass[-1]
         chains, _, moved = move(key, state.particles.chains, target, state.log_step, scale, 0, plan.thinning)
-        draws = _put(state.draws, Draws(chains.position, chains.logdensity, moved), i)
+        draws = put(state.draws, Draws(chains.position, chains.logdensity, moved), i)
         state = state._replace(done=state.done + 1, particles=state.particles._replace(chains=chains), draws=draws)
         return _laid_out(state, plan)
 
@@ -253,10 +253,6 @@ def finish(plan: Plan, rng_key: jax.Array, state: State) -> Anneal:
 def _keys(rng_key: jax.Array, stage: int, i: jax.Array, count: int) -> list[jax.Array]:
     key = jax.random.fold_in(jax.random.fold_in(rng_key, stage), i)
     return [jax.random.fold_in(key, j) for j in range(count)]
-
-
-def _put(rows: Any, row: Any, i: jax.Array) -> Any:
-    return jax.tree.map(lambda all_, one: all_.at[i].set(one), rows, row)
 
 
 def _laid_out(state: State, plan: Plan) -> State:

@@ -127,7 +127,7 @@ class Program(NamedTuple):
             }
 
         total = num_stages(plan, len(self.ladder))
-        like = start if layout.mesh is not None else partial(jax.eval_shape, start)
+        like = partial(layout.like, start)
         return session.run(Part(part, total, start, like, go_on, stand))
 
     def outcome(self, plan: Plan, rng_key: jax.Array, state: State) -> Anneal:

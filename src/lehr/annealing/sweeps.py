@@ -31,6 +31,7 @@ from lehr.annealing.entry import target_at
 from lehr.annealing.keys import per_chain
 from lehr.annealing.layout import Layout
 from lehr.annealing.plan import Plan
+from lehr.annealing.stages import put, strong
 from lehr.annealing.tuning import Tuning, with_short_steps
 from lehr.kernels.base import Stats
 from lehr.programs.closure import Constants, Structure
@@ -116,8 +117,7 @@ def with_room(plan: Plan, replicas: Replicas, sweep: jax.Array) -> Sweeping:
     draws = jax.tree.map(lambda leaf: jnp.zeros((plan.num_draws, *leaf.shape), leaf.dtype), last)
     zero = jnp.zeros(replicas.visited.shape[1])
     state = Sweeping(jnp.zeros((), int), sweep, replicas, draws, Sums(zero, zero, zero.astype(int), zero))
-    state = jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype), state)  # no weak types: they
-    return _laid_out(state, plan.layout)  # would make the first segment a program of its own
+    return _laid_out(strong(state), plan.layout)
 
 
 def sweep_on(
@@ -161,7 +161,7 @@ def sweep_on(
         replicas, sums = jax.lax.scan(swept, state.replicas, state.sweep + jnp.arange(plan.thinning))
         total = jax.tree.map(lambda so_far, new: so_far + jnp.sum(new, 0), state.sums, sums)
         i = state.done - num_warmup
-        draws = jax.tree.map(lambda rows, row: rows.at[i].set(row), state.draws, _last(replicas))
+        draws = put(state.draws, _last(replicas), i)
         return _laid_out(Sweeping(state.done + 1, state.sweep + plan.thinning, replicas, draws, total), plan.layout)
 
     state = jax.lax.while_loop(lambda s: s.done < jnp.minimum(stop, num_warmup), warm_up, state)
@@ -252,6 +252,5 @@ def _last(replicas: Replicas) -> tuple[Position, jax.Array]:
 
 def _laid_out(state: Sweeping, layout: Layout) -> Sweeping:
     """The same state, with its sets on the devices that they belong to, and all else on every one."""
-    shared = layout.spread((state.done, state.sweep, state.sums), axis=None)
-    done, sweep, sums = shared
+    done, sweep, sums = layout.spread((state.done, state.sweep, state.sums), axis=None)
     return Sweeping(done, sweep, layout.spread(state.replicas), layout.spread(state.draws, axis=1), sums)

@@ -114,7 +114,7 @@ def _once(value: Any) -> Any:
 def _written(card: dict[str, Any]) -> str:
     """A card as people read it: an entry a line, a row of numbers a line."""
     text = json.dumps(card, indent=2, ensure_ascii=False)
-    return re.sub(r"\[[^\[\]{}]*\]", lambda row: "[" + " ".join(row[0][1:-1].split()) + "]", text) + "\n"
+    return re.sub(r'\[\n[^\[\]{}"]*\]', lambda row: "[" + " ".join(row[0][1:-1].split()) + "]", text) + "\n"
 
 
 def _energy(potential: EnergyNetwork) -> dict[str, Any]:

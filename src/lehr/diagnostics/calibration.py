@@ -113,8 +113,8 @@ def sbc(
     """Simulation-based calibration of a model under a driver.
 
     Args:
-        model: a NumPyro model, or a driver of one that says how to sample it (256 particles by default); of its
-            runs none is kept.
+        model: a NumPyro model, or a driver of one that says how to sample it (256 particles by default), none of
+            whose runs is kept.
             Called with ``args`` it draws its data, as for a prior predictive: ``y=None``.
         prior: where simulations come from: another NumPyro model with the same sites; or draws of the
             latents by site, shape (S, *site), for priors that cannot be drawn from directly, such as products;

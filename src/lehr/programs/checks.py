@@ -49,14 +49,13 @@ def check_connections(sites: list[Site], depends: Mapping[str, set[str]], discre
                 f"the observed site {name!r} has no path to {listed}: neither x nor any latent that shares a site with "
                 "it enters, so that it says nothing of x. Write its parameters, or its obs, as a function of x."
             )
-        labels = sorted(depends[name] & set(discrete))
-        if labels and not all(is_energy(d) for d in diffusions(site["fn"])):
+        labels, models = sorted(depends[name] & set(discrete)), diffusions(site["fn"])
+        if labels and not all(is_energy(d) for d in models):
             raise ValueError(
                 f"the Diffusion at site {name!r} is known through a score and depends on the discrete latent "
                 f"{labels[0]!r}: a score does not know the mass of a label. Give a calibrated energy, or observe the "
                 "label."
             )
-        models = diffusions(site["fn"])
         if labels and not all(d.potential.is_diffusion and d.potential.is_calibrated for d in models):
             warnings.warn(
                 f"the Diffusion at site {name!r} depends on the discrete latent {labels[0]!r}, and is a product, or an "
