@@ -9,58 +9,18 @@ training pictures tells them, and those of the data. Training pictures against h
 
 import sys
 import time
+from pathlib import Path
 
-import jax
 import numpy as np
 from report import report
-from scipy.linalg import sqrtm
-from sklearn.decomposition import PCA
-from sklearn.model_selection import StratifiedKFold, cross_val_score
-from sklearn.svm import SVC
 
 import lehr
 from lehr.training.data import load_data
 
-COMPONENTS, TAUGHT = 64, 6000
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "exact"))
+from fashion_judge import Judge, reverse
+
 WAYS = (("ancestral", 50), ("ancestral", 200), ("heun", 50))
-
-
-def reverse(potential, n, num_levels, seed=0, method="ancestral"):
-    """Pictures x/α at the cleanest level that was trained."""
-    low, high = lehr.zoo()["fashion"]["training"][-1]["sigma_range"]
-    end, start = (float(potential.schedule.time(-2 * np.log(sigma))) for sigma in (low, high))
-    ladder = lehr.Ladder.log_snr(potential.schedule, num_levels, t_min=end, t_max=start)
-    driver = lehr.Reverse(potential, method, ladder, n, progress=False)
-    x = driver.run(jax.random.key(seed)).get_samples()["x"]
-    return x / float(potential.schedule.alpha(end))
-
-
-class Judge:
-    """What tells clothes apart, and samples from clothes."""
-
-    def __init__(self, data):
-        flat = data.events.reshape(len(data.events), -1)
-        self.components = PCA(COMPONENTS, random_state=0).fit(flat)
-        some = np.random.default_rng(0).permutation(len(flat))[:TAUGHT]
-        self.classes = SVC(C=10).fit(self.features(data.events[some]), data.labels[some])
-
-    def features(self, pictures):
-        return self.components.transform(np.asarray(pictures).reshape(len(pictures), -1))
-
-    def two_sample_score(self, first, second):
-        both = np.concatenate([self.features(first), self.features(second)])
-        both /= both.std(0)
-        origin = np.repeat([0, 1], [len(first), len(second)])
-        return float(cross_val_score(SVC(), both, origin, cv=StratifiedKFold(5, shuffle=True, random_state=0)).mean())
-
-    def distance(self, first, second):
-        a, b = self.features(first), self.features(second)
-        cov = [np.cov(c.T) for c in (a, b)]
-        between = np.sum((a.mean(0) - b.mean(0)) ** 2) + np.trace(cov[0] + cov[1] - 2 * np.real(sqrtm(cov[0] @ cov[1])))
-        return float(between / np.trace(cov[1]))
-
-    def shares(self, pictures):
-        return np.bincount(self.classes.predict(self.features(pictures)), minlength=10) / len(pictures)
 
 
 def main(n=500):

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from fashion_judge import Judge, reverse
 
 import lehr
 from lehr.training.data import FASHION, load_data
@@ -39,23 +40,9 @@ def test_it_predicts_the_noise_of_held_out_pictures_as_its_card_says(fashion):
 @needs_data
 @pytest.mark.slow
 def test_reverse_diffusion_makes_clothes_of_every_kind(fashion):
-    from sklearn.decomposition import PCA
-    from sklearn.svm import SVC
-
     data = load_data("fashion")
-    flat = lambda x: np.asarray(x).reshape(len(x), -1)  # noqa: E731
-    components = PCA(64, random_state=0).fit(flat(data.events[:10_000]))
-    judge = SVC(C=10).fit(components.transform(flat(data.events[:6000])), data.labels[:6000])
-    end, start = (float(fashion.schedule.time(-2 * np.log(sigma))) for sigma in (0.03, 10.0))
-    ladder = lehr.Ladder.log_snr(fashion.schedule, 50, t_min=end, t_max=start)
-    x = (
-        lehr.Reverse(fashion, num_levels=ladder, num_samples=200, progress=False)
-        .run(0)
-        .samples["x"]
-        .reshape(-1, 28, 28)
-    )
-    x = x / float(fashion.schedule.alpha(end))
-    shares = np.bincount(judge.predict(components.transform(flat(x))), minlength=10) / len(x)
+    x = reverse(fashion, 200, 50)
+    shares = Judge(data).shares(x)
     assert shares.min() > 0.02
     # the total variation of 200 draws from ten equal classes is .067 on average
     assert np.abs(shares - 0.1).sum() / 2 < 0.2
