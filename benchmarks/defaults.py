@@ -49,8 +49,10 @@ def settings(p):
         "default": as_it_comes(p),
         "default, Ladder.adaptive": as_it_comes(p, ladder=ladder),
         "default, num_steps=1": as_it_comes(p, num_steps=1),
-        "default, MALA, num_steps=1": as_it_comes(p, kernel=lehr.MALA(), num_steps=1),
-        "default, MALA, num_steps=1, Ladder.adaptive": as_it_comes(p, kernel=lehr.MALA(), num_steps=1, ladder=ladder),
+        "MALA(), num_steps=1": as_it_comes(p, kernel=lehr.MALA(), num_steps=1),
+        "MALA(), num_steps=1, ladder=24, pilot=32": as_it_comes(
+            p, kernel=lehr.MALA(), num_steps=1, ladder=24, pilot=32
+        ),
     }
 
 

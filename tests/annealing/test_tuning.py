@@ -1,5 +1,6 @@
 """Steps: what a pilot finds holds in the run that counts; where levels stand; what is refused."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -7,6 +8,7 @@ import numpyro.distributions as dist
 import pytest
 
 import lehr
+from lehr.annealing.layout import Layout
 from lehr.annealing.tuning import curvature, gain, smooth, squared_scale
 
 NORMAL = lehr.Gaussian(jnp.zeros(2), 1.0)
@@ -87,18 +89,45 @@ def test_the_scale_is_the_lesser_of_width_and_spread_and_few_chains_lean_on_the_
     np.testing.assert_allclose(squared_scale(few, {"x": jnp.full(2, jnp.inf)}, {"x": jnp.full(2, 4.0)}), 4.0 * 5 / 6)
 
 
-def test_the_curvature_is_the_variance_of_the_gradient_whoever_strays():
-    rng = np.random.default_rng(1)
-    gradients = rng.normal(size=(20_000, 2)) * [10.0, 0.5]
-    gradients[:50] = 1e6
-    np.testing.assert_allclose(curvature({"x": jnp.asarray(gradients, float)}), [100.0, 0.25], rtol=0.05)
+def bent(log_density, positions, scale):
+    kernel = lehr.MALA()
+    chains = jax.vmap(lambda q: kernel.init(jax.random.key(0), {"x": q}, log_density))(jnp.asarray(positions, float))
+    return np.asarray(curvature(kernel, chains, log_density, jnp.asarray(scale) ** 2, jax.random.key(1), Layout()))
+
+
+def test_the_curvature_is_had_wherever_the_chains_are_and_whoever_strays():
+    precision = jnp.array([[100.0, 3.0], [3.0, 0.25]])
+
+    def log_density(q):
+        gaussian = -jnp.vdot(q["x"], precision @ q["x"]) / 2
+        return jnp.where(q["x"][0] > 100.0, -1e6 * jnp.sum(q["x"] ** 2), gaussian)
+
+    positions = 3.0 + np.random.default_rng(1).normal(size=(2000, 2)) * [0.01, 5.0]  # nowhere near distributed so
+    positions[:50] = 1000.0
+    found = bent(log_density, positions, [0.1, 2.0])
+    # the other coordinate adds or takes 3 v_2/v_1 = 60 and 3 v_1/v_2 = .15, by a sign that each chain draws
+    assert np.all(np.abs(found - [100.0, 0.25]) < 4 * np.array([60.0, 0.15]) / np.sqrt(2000))
+    found = bent(lambda q: -jnp.sum(jnp.array([50.0, 0.125]) * q["x"] ** 2), positions, [0.1, 2.0])
+    np.testing.assert_allclose(found, [100.0, 0.25], rtol=1e-3)
 
 
 def test_of_few_chains_coordinates_that_differ_by_chance_get_one_curvature():
-    gradients = np.random.default_rng(2).normal(size=(64, 100))
-    found = np.asarray(curvature({"x": jnp.asarray(gradients, float)}))
-    assert np.std(np.log(found)) < 0.5 * np.sqrt(3.1 / 64)  # a half of what each alone would scatter by
-    assert np.mean(found) == pytest.approx(1, abs=0.1)
+    """Each chain sees its own −∂² log π, of mean 1 and standard deviation .5."""
+    own = jnp.asarray(1 + 0.5 * np.random.default_rng(2).normal(size=(64, 100)), float)
+    positions = jnp.concatenate([jnp.arange(64.0)[:, None], jnp.zeros((64, 100))], 1)
+
+    def log_density(q):
+        return -jnp.sum(own[jnp.round(q["x"][0]).astype(int)] * q["x"][1:] ** 2) / 2 - q["x"][0] ** 2 / 2
+
+    found = bent(log_density, positions, jnp.ones(101))[1:]
+    assert np.std(found) < 0.5 * 0.5 / np.sqrt(64)  # a half of what each alone would scatter by
+    assert np.mean(found) == pytest.approx(1, abs=4 * 0.5 / np.sqrt(6400))
+
+
+def test_no_curvature_is_less_than_half_of_what_the_spread_asks_for():
+    """A density that bends the other way where the chains are."""
+    found = bent(lambda q: jnp.sum(q["x"] ** 2), np.ones((16, 2)), [2.0, 0.5])
+    np.testing.assert_allclose(found, [0.5 / 4, 0.5 / 0.25], rtol=1e-5)
 
 
 def test_the_running_median_drops_a_level_that_went_astray():

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
 from lehr.annealing.driver import PILOT_CHAINS
 from lehr.annealing.drivers import AnnealedSMC
@@ -102,7 +103,8 @@ def _begin(
     """Particles at the start, a step, a curvature, and the variance of the start."""
     particles = begin(structure, plan, constants, t, rng_key)
     start = particles.chains.position
-    return particles, log_step, curvature(start), jax.tree.map(lambda q: jnp.var(q, 0), start)
+    flat = ravel_pytree(jax.tree.map(lambda q: q[0], start))[0]
+    return particles, log_step, jnp.ones_like(flat), jax.tree.map(lambda q: jnp.var(q, 0), start)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -135,7 +137,7 @@ def _settle(
 ) -> Any:
     """That step made: weighed, resampled, tuned and moved."""
     particles, log_step, bend, variance = state
-    keys = [jax.random.fold_in(rng_key, i) for i in range(3)]
+    keys = [jax.random.fold_in(rng_key, i) for i in range(4)]
     entered = Entry(structure, plan, constants, times, levels)(k, particles, bend, None, keys[0])
     particles = particles._replace(chains=entered.chains)
     particles, _, _ = weigh(particles, entered.increment, keys[1], jnp.asarray(0.5), plan.layout)
@@ -145,5 +147,7 @@ def _settle(
     chains, log_step, _ = move(
         keys[2], particles.chains, target, log_step, inverse_mass, plan.num_warmup, plan.num_steps
     )
-    few = jax.tree.map(lambda leaf: leaf[:PILOT_CHAINS], chains)  # what a run's own pilot will know, and no more
-    return particles._replace(chains=chains), log_step, curvature(jax.vmap(plan.kernel.gradient)(few)), variance
+    if plan.is_informed:
+        few = jax.tree.map(lambda leaf: leaf[:PILOT_CHAINS], chains)  # what a run's own pilot will know, and no more
+        bend = curvature(plan.kernel, few, target, inverse_mass, keys[3], plan.layout)
+    return particles._replace(chains=chains), log_step, bend, variance

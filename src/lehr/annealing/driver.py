@@ -40,6 +40,7 @@ __all__ = ["Driver"]
 
 NUM_STARTS = 32  # where there are ordinary latents, each chain chooses its start from as many draws
 PILOT_CHAINS = 64
+CLEARLY = 0.7  # beside a likelihood proposals know little, and a pilot sees little of what that costs
 PILOT_WARMUP = 3  # tuned transitions of a pilot chain at each level
 
 
@@ -286,12 +287,12 @@ class Driver:
         # Models alone move by path weights, which are then free of noise. Beside a likelihood they may stay, where
         # the covariance of x₀ is known: without it the ratio of densities is right along the proposal only.
         may_stay = bool(pilots and path.other_sites) and evaluations(path) > 1
-        chooses = self.predictor == "auto" and (weights == "energy" or (weights is not None and may_stay))
+        asks = self.predictor == "auto" and (weights == "energy" or (weights is not None and may_stay))
         predictor = (Ancestral() if pilots else None) if self.predictor == "auto" else self.predictor
         return Plan(
             kernel=kernel,
             predictor=None if follow_path(weights) else predictor,
-            chooses=chooses,
+            chooses=asks * (CLEARLY if path.other_sites else 1.0),
             weights=weights,
             num_chains=self.num_chains,
             num_starts=1 if weights or path.score_sites or not path.latent_sites else NUM_STARTS,

@@ -32,8 +32,6 @@ from lehr.programs.reverse import Level, ReverseStep, log_forward
 
 __all__ = ["Entered", "Entry", "conditional_ess", "is_sound", "target_at"]
 
-CLEARLY = 0.7  # chains move where that loses at most this share of the particles that staying loses
-
 
 class Entered(NamedTuple):
     """The chains at the level entered.
@@ -86,7 +84,7 @@ class Entry:
         if moves is None and self.plan.chooses:
             both = stay(), move()
             ess_stay, ess_move = (conditional_ess(overall(particles), gained) for _, gained, _ in both)
-            better = (1 - ess_move < CLEARLY * (1 - ess_stay)) & ~is_first
+            better = (1 - ess_move < self.plan.chooses * (1 - ess_stay)) & ~is_first
             chains, increment, gap = jax.tree.map(lambda a, b: jnp.where(better, b, a), *both)
             return Entered(chains, increment, gap, better)
         given = ~is_first if moves is None or not self.plan.chooses else moves & ~is_first
@@ -147,7 +145,8 @@ class Entry:
             log_noising = log_forward(x, x_noisy, self._level(before), self._level(k))
             return put(x), log_noising - log_proposal, log_path
         start, put = self._departure(chain, before, k)
-        if plan.weights and isinstance(plan.predictor, Ancestral):
+        if plan.is_informed:
+            assert isinstance(plan.predictor, Ancestral)
             bend, _ = self._split(ravel_pytree(chain.position)[1](curvature))
             mean, std = plan.predictor.informed(start, bend)
             noise = jax.random.normal(rng_key, mean.shape)

@@ -176,7 +176,7 @@ def advance(
 
     def level(state: State) -> State:
         k = state.done
-        key_resample, key_move, key_enter, key_loops = _keys(rng_key, 1, k, 4)
+        key_resample, key_move, key_enter, key_loops, key_bend = _keys(rng_key, 1, k, 5)
         particles, log_step, bend, decided = state.particles, state.log_step, state.curvature, None
         if plan.is_tuned:
             log_step, bend, decided = jnp.log(tuning.step_size[k]), tuning.curvature[k - 1], tuning.moves[k]
@@ -196,7 +196,10 @@ def advance(
         chains, log_step, moved = move(
             key_move, particles.chains, target, log_step, inverse_mass, plan.num_warmup, plan.num_steps
         )
-        bend = tuning.curvature[k] if plan.is_tuned else curvature(gradients(chains))
+        if plan.is_tuned:
+            bend = tuning.curvature[k]
+        elif plan.is_informed:
+            bend = curvature(plan.kernel, chains, target, inverse_mass, key_bend, plan.layout)
         particles = particles._replace(chains=chains)
         stats = LevelStats(
             acceptance_rate=jnp.mean(moved.acceptance_rate),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from lehr.annealing.layout import Layout
-from lehr.annealing.predictors import Predictor
+from lehr.annealing.predictors import Ancestral, Predictor
 from lehr.annealing.weights import Weights, follow_path
 from lehr.kernels.base import Kernel
 
@@ -18,7 +18,8 @@ class Plan(NamedTuple):
     Attributes:
         kernel: how chains move at a level.
         predictor: how they move to the next; None where they stay, or follow the path's weights.
-        chooses: whether weighted chains move or stay, level by level, by which keeps more of them.
+        chooses: where weighted chains move or stay, level by level, by which keeps more of them: they move if that
+            loses less than this many times what staying loses. 0 if nobody asks.
         weights: how they are weighed; None for independent chains.
         num_chains: N.
         num_starts: draws that each chain chooses its start from; 1 for weighted chains.
@@ -34,7 +35,7 @@ class Plan(NamedTuple):
 
     kernel: Kernel
     predictor: Predictor | None
-    chooses: bool
+    chooses: float
     weights: Weights | None
     num_chains: int
     num_starts: int
@@ -46,6 +47,11 @@ class Plan(NamedTuple):
     counts_noise: bool
     num_islands: int
     layout: Layout
+
+    @property
+    def is_informed(self) -> bool:
+        """Whether chains move to the next level by what is known of the curvature at theirs."""
+        return self.weights is not None and isinstance(self.predictor, Ancestral)
 
     @property
     def follows_path(self) -> bool:

@@ -287,7 +287,7 @@ def _evaluations(path: Path, plan: Plan, result: Anneal, trial: Trial | None) ->
     made = float(np.sum(result.draws.stats.evaluations))
     made += plan.num_chains * (float(np.sum(result.levels.evaluations)) + k * between + starts)
     if trial is not None:
-        made += trial.num_chains * k * (1 if plan.chooses and plan.predictor is not None else 0)
+        made += trial.num_chains * k * ((plan.chooses > 0 and plan.predictor is not None) + plan.is_informed)
         made += trial.num_chains * (float(np.sum(trial.levels.evaluations)) + k * between)
     if path.score_sites:
         made += 15 * num_loops(plan) * k

@@ -21,7 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from lehr.kernels.base import LogDensity, Stats, Step
+from lehr.annealing.keys import per_chain
+from lehr.annealing.layout import Layout
+from lehr.kernels.base import Kernel, LogDensity, Stats, Step
+from lehr.predictions import TINY
 from lehr.programs.closure import Constants, Structure
 
 __all__ = ["SHORT_SHARE", "Tuning", "curvature", "gain", "pooled_scale", "smooth", "squared_scale", "with_short_steps"]
@@ -29,7 +32,7 @@ __all__ = ["SHORT_SHARE", "Tuning", "curvature", "gain", "pooled_scale", "smooth
 PRIOR_CHAINS = 5.0  # how many chains' worth the prior spread counts in the pooled one
 GAIN_DECAY = 0.6
 SHORT_SHARE, SHORT_STEP = 0.125, 0.25  # which share of transitions take which share of the step
-LOG_VARIANCE_NOISE = 3.1  # n times the variance of the log of a variance, had from two quantiles of n Gaussians
+SECANT = 0.3  # of the scale, between the two ends of a secant of the gradient
 ONE_SIGMA = (0.1587, 0.8413)  # the quantiles at ±1σ of a Gaussian
 
 
@@ -123,22 +126,46 @@ def pooled_scale(
     return squared_scale(position, widths, prior_variance)
 
 
-def curvature(gradient: Any) -> jax.Array:
-    """E[(∂_i log π)²] = −E[∂_i² log π], flat (D,), from the gradients at all chains, leaves (N, ...).
+def curvature(
+    kernel: Kernel, chains: Any, target: LogDensity, inverse_mass: jax.Array, rng_key: jax.Array, layout: Layout
+) -> jax.Array:
+    r"""−∂_i² log π at all chains, flat (D,): how fast the gradient turns, by one more gradient for each chain.
 
-    By quantiles, as spreads are: a few chains far away count little. Where coordinates differ by no
-    more than so few chains let expect, they get their common value.
+    With v of random signs, a part of the scale long, −(∂_i log π(q + v) − ∂_i log π(q))/v_i is that on average, also
+    where the chains are not yet distributed as π, unlike the variance of the gradient. What lies beyond the 16 % and
+    84 % quantiles over the chains counts as those. Where coordinates of a site differ by no more than so few chains
+    let expect, they get their common value. By Cramér and Rao none is less than 1/variance; half is left to chance.
+
+    Args:
+        kernel: theirs.
+        chains: refreshed states, stacked.
+        target: log π.
+        inverse_mass: squared scales, (D,).
+        rng_key: for the signs.
+        layout: where the chains lie.
     """
+    n = jax.tree.leaves(chains.position)[0].shape[0]
+    scale = jnp.sqrt(inverse_mass)
 
-    def one(g: jax.Array) -> jax.Array:
-        low, high = jnp.nanquantile(g, jnp.array(ONE_SIGMA), axis=0)  # a network may have broken somewhere
-        logs = 2 * jnp.log(jnp.maximum((high - low) / 2, 1e-12))
-        noise = LOG_VARIANCE_NOISE / g.shape[0]
+    def one(chain: Any, key: jax.Array) -> jax.Array:
+        here, unravel = ravel_pytree(chain.position)
+        way = SECANT * scale * jax.random.rademacher(key, here.shape, here.dtype)
+        moved = kernel.refresh(chain._replace(position=unravel(here + way)), target)
+        before, after = (ravel_pytree(kernel.gradient(state))[0] for state in (chain, moved))
+        return (before - after) / way
+
+    def pooled(bends: jax.Array, least: jax.Array) -> jax.Array:
+        clipped = jnp.clip(bends, *jnp.nanquantile(bends, jnp.array(ONE_SIGMA), axis=0))
+        mean = jnp.fmax(jnp.nanmean(clipped, 0), least)
+        noise = jnp.mean(jnp.fmin(jnp.nanvar(clipped, 0) / (n * mean**2), 1.0))
+        logs = jnp.log(mean)
         common = jnp.mean(logs)
         differ = jnp.maximum(jnp.mean((logs - common) ** 2) - noise, 0.0)
-        return jnp.exp(common + (logs - common) * differ / (differ + noise))
+        return jnp.exp(common + (logs - common) * differ / (differ + noise + TINY))
 
-    return ravel_pytree(jax.tree.map(one, gradient))[0]
+    _, unravel = ravel_pytree(jax.tree.map(lambda leaf: leaf[0], chains.position))
+    bends = jax.vmap(unravel)(layout.over(one)(chains, per_chain(rng_key, n)))
+    return ravel_pytree(jax.tree.map(pooled, bends, unravel(0.5 / inverse_mass)))[0]
 
 
 def smooth(logs: np.ndarray, over: int = 5) -> np.ndarray:
