@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
+from lehr.training.spread import nearest, spread
+
 __all__ = ["DATA_SETS", "DataSet", "Sampler", "as_sampler", "load_data", "read_data"]
 
 Sampler = Callable[[jax.Array, int], Any]
@@ -86,7 +88,9 @@ def read_data(file: str | Path) -> DataSet:
     return _split(Path(file).stem, "as the file", events, labels, 0.0)
 
 
-def as_sampler(data: Any, event_shape: tuple[int, ...], num_classes: int, batch_size: int) -> Sampler:
+def as_sampler(
+    data: Any, event_shape: tuple[int, ...], num_classes: int, batch_size: int, neighbours: int = 0
+) -> Sampler:
     """``data`` as a function of a key and a count that returns (events, labels or None).
 
     Args:
@@ -94,12 +98,16 @@ def as_sampler(data: Any, event_shape: tuple[int, ...], num_classes: int, batch_
         event_shape: of the potential.
         num_classes: of the potential; 0 for none.
         batch_size: what the function will be asked for.
+        neighbours: if positive, events are spread, see :func:`lehr.training.spread.spread`.
 
     Raises:
-        ValueError: if shapes do not fit, labels are missing or out of range, or data are not finite.
+        ValueError: if shapes do not fit, labels are missing or out of range, data are not finite, or a function is
+            to be spread.
     """
     given, labels = data if isinstance(data, tuple) else (data, None)
-    draw = data if callable(data) else _from_array(given, labels, num_classes)
+    if callable(data) and neighbours:
+        raise ValueError("only an array of events has neighbours; a function that draws events may spread them itself.")
+    draw = data if callable(data) else _from_array(given, labels, num_classes, neighbours)
 
     def sampler(rng_key: jax.Array, n: int) -> tuple[jax.Array, jax.Array | None]:
         drawn = draw(rng_key, n)
@@ -119,7 +127,7 @@ def as_sampler(data: Any, event_shape: tuple[int, ...], num_classes: int, batch_
     return sampler
 
 
-def _from_array(events: ArrayLike, labels: ArrayLike | None, num_classes: int) -> Sampler:
+def _from_array(events: ArrayLike, labels: ArrayLike | None, num_classes: int, neighbours: int) -> Sampler:
     x = jnp.asarray(events, float)
     if not np.all(np.isfinite(np.asarray(x))):
         raise ValueError("the data hold values that are not finite; drop or mend those events.")
@@ -130,9 +138,15 @@ def _from_array(events: ArrayLike, labels: ArrayLike | None, num_classes: int) -
             f"and values from {y.min()} to {y.max()}."
         )
 
+    near = nearest(np.asarray(x), y, neighbours) if neighbours else None
+
     def draw(rng_key: jax.Array, n: int) -> Any:
-        i = jax.random.randint(rng_key, (n,), 0, x.shape[0])
-        return x[i] if y is None else (x[i], jnp.asarray(y)[i])
+        if near is None:
+            i = jax.random.randint(rng_key, (n,), 0, x.shape[0])
+            chosen = x[i]
+        else:
+            i, chosen = spread(rng_key, n, x, near)
+        return chosen if y is None else (chosen, jnp.asarray(y)[i])
 
     return draw
 

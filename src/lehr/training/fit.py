@@ -58,6 +58,8 @@ class Recipe:
         bound_weight: weight of the bound on the time derivative, away from the data.
         weight_decay: what each step takes off the weights, in units of the learning rate; for data so few that
             a network might learn them by heart.
+        neighbours: if positive, each event is moved along the line to one of so many of its nearest, by up to half the
+            way (:mod:`lehr.training.spread`); for such data as well.
         label_dropout: the share of events whose class is hidden, which trains the null label.
         sigma_range: the range of σ/α that a score is trained on; an energy has its own.
 
@@ -73,6 +75,7 @@ class Recipe:
     time_weight: float = 0.6
     bound_weight: float = 0.2
     weight_decay: float = 0.0
+    neighbours: int = 0
     label_dropout: float = 0.2
     sigma_range: tuple[float, float] = (2e-3, 20.0)
 
@@ -90,6 +93,8 @@ class Recipe:
             raise ValueError(
                 f"weights are not negative; got {self.time_weight=}, {self.bound_weight=}, {self.weight_decay=}."
             )
+        if self.neighbours < 0:
+            raise ValueError(f"neighbours must be 0, for none, or more; got {self.neighbours}.")
         if self.weighting not in WEIGHTINGS:
             raise ValueError(f"unknown weighting {self.weighting!r}; expected one of {', '.join(WEIGHTINGS)}.")
         if not 0 < self.sigma_range[0] < self.sigma_range[1]:
@@ -138,7 +143,7 @@ def fit(
     """
     recipe = Recipe() if recipe is None else recipe
     num_classes = getattr(potential, "num_classes", 0) or 0
-    sampler = as_sampler(data, potential.event_shape, num_classes, recipe.batch_size)
+    sampler = as_sampler(data, potential.event_shape, num_classes, recipe.batch_size, recipe.neighbours)
     params, fixed = eqx.partition(potential, trainable(potential))
     adam = optax.adamw(learning_rates(recipe), weight_decay=recipe.weight_decay)
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), adam)
