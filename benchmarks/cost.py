@@ -12,6 +12,7 @@ import resource
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from report import report
@@ -119,15 +120,20 @@ def measure(name, n, levels, d=None, steps=1, num_integration=3, batch=None, flo
 # The host of those processes
 
 
-def apart(devices=1, processes=1, **arguments):
-    """``measure`` in a new process, or in several."""
+def apart(devices=1, processes=1, cores=None, **arguments):
+    """``measure`` in a new process, or in several; on so many cores for each device, if that is asked."""
     environment = os.environ | {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
     if devices > 1:
         environment["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"
     port = str(20000 + os.getpid() % 20000)
     command = [sys.executable, str(HERE), "--measure", json.dumps(arguments | {"shards": devices * processes})]
     ends = [command if processes == 1 else [*command, port, str(processes), str(i)] for i in range(processes)]
-    running = [subprocess.Popen(end, env=environment, stdout=subprocess.PIPE, text=True) for end in ends]
+    owned = sorted(os.sched_getaffinity(0))
+    running = []
+    for i, end in enumerate(ends):
+        own = owned if cores is None else owned[i * cores * devices : (i + 1) * cores * devices]
+        pin = partial(os.sched_setaffinity, 0, own)
+        running.append(subprocess.Popen(end, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=pin))
     outputs = [process.communicate()[0] for process in running]
     if any(process.returncode for process in running):
         raise RuntimeError(f"{arguments} failed.")
@@ -179,7 +185,7 @@ def memory():
 
 def devices():
     runs = [
-        apart(name="MLP, 500k", n=1000 * parts, levels=10, floor=False, devices=d, processes=p)
+        apart(name="MLP, 500k", n=1000 * parts, levels=10, floor=False, devices=d, processes=p, cores=1)
         for parts, d, p in ((1, 1, 1), (2, 2, 1), (2, 1, 2))
     ]
     columns = ("devices", "processes", "chains", "run s", "µs a chain and evaluation")
