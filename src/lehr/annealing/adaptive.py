@@ -2,8 +2,9 @@ r"""Levels where a pilot's particles can follow: the times of :meth:`lehr.Ladder
 
 From level t' the next one, t, is the farthest at which (Σ W w)²/Σ W w² ≥ ess, with W the
 normalised weights and w(t) the incremental ones, found by bisection in log-SNR under common random
-numbers. Path weights of a lone score are 1 however far the step, though their reverse kernels
-are approximations; a step of their ladder is at most :data:`LONGEST` in log-SNR.
+numbers. What particles see of a long step may be too good to be true: path weights of a lone score are 1 however far
+it goes, though their reverse kernels are approximations; and in many dimensions a proposal that misses modes is weighed
+where it goes and not where it does not. A step is at most :data:`LONGEST` in log-SNR.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from lehr.programs.reverse import Level, evaluations
 
 __all__ = ["adaptive_times"]
 
-LONGEST = {True: 1.0, False: 0.5}  # with and without the covariance of x₀
+LONGEST = {True: 1.0, False: 0.5}  # False: by path weights without the covariance of x₀
 BISECTIONS = 9
 WARMUP = 3
 
@@ -62,7 +63,7 @@ def adaptive_times(
     schedule = path.schedule
     end, here = float(np.asarray(program.ladder.times)[-1]), noisy_end(schedule, t_max)
     finish = float(schedule.log_snr(end))
-    longest = LONGEST[evaluations(path) > 1] if plan.weights == "path" else np.inf
+    longest = LONGEST[plan.weights != "path" or evaluations(path) > 1]
     key = as_key(rng_key)
     log_step = jnp.log(jnp.asarray(plan.kernel.initial_step_size(program.dimension), float))
     times = [float(schedule.time(here))]
