@@ -183,8 +183,3 @@ print(run.samples["x"].dtype, bool(jnp.isfinite(run.log_evidence)))
     environment = os.environ | {"JAX_ENABLE_X64": "1"}
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
     assert said.stdout.split() == ["float64", "True"]
-
-
-def test_a_model_may_be_loaded_within_a_compiled_function():
-    density = lambda x: lehr.load("ring").log_density(x, 0.1)  # noqa: E731
-    np.testing.assert_allclose(jax.jit(density)(jnp.ones(2)), density(jnp.ones(2)), rtol=1e-5)

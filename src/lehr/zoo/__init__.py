@@ -6,7 +6,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -72,11 +71,10 @@ def load(name: str | Path, **options: Any) -> Potential:
         lehr.CheckpointError: if the weights are damaged or do not fit their card or config.
     """
     shipped = _FOLDER / str(name)
-    with jax.ensure_compile_time_eval():  # within a model, too, weights are numbers
-        if Path(name).name == str(name) and checkpoint_files(shipped).card.is_file():
-            return load_checkpoint(shipped, **options)
-        try:
-            return load_checkpoint(name, **options)
-        except FileNotFoundError as error:
-            known = ", ".join(sorted(file.stem for file in _FOLDER.glob("*.json")))
-            raise FileNotFoundError(f"{error} Shipped: {known}.") from error
+    if Path(name).name == str(name) and checkpoint_files(shipped).card.is_file():
+        return load_checkpoint(shipped, **options)
+    try:
+        return load_checkpoint(name, **options)
+    except FileNotFoundError as error:
+        known = ", ".join(sorted(file.stem for file in _FOLDER.glob("*.json")))
+        raise FileNotFoundError(f"{error} Shipped: {known}.") from error
