@@ -18,9 +18,11 @@ $(INSTALLED): pyproject.toml
 demo: $(INSTALLED)
 	$(VENV)/bin/lehr demo
 
+# Compiled without optimisation, which takes longer than what these tests then run.
 test: $(INSTALLED)
-	$(PYTEST) -m "not slow"
+	XLA_FLAGS=--xla_backend_optimization_level=0 $(PYTEST) -m "not slow"
 
+# Compiled as users have it.
 test-all: $(INSTALLED)
 	$(PYTEST)
 

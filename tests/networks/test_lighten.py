@@ -19,7 +19,7 @@ def awake(module, seed=0):
     """``module`` with all weights drawn: some start at zero, where all networks are one."""
     graphdef, state = nnx.split(module)
     keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(state))))
-    draw = lambda leaf: leaf + 0.05 * jax.random.normal(next(keys), leaf.shape)  # noqa: E731
+    draw = lambda leaf: leaf + 0.05 * jax.random.normal(next(keys), (leaf.size,)).reshape(leaf.shape)  # noqa: E731
     return nnx.merge(graphdef, jax.tree.map(draw, state))
 
 

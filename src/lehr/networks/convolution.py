@@ -88,8 +88,9 @@ class Convolution(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.stride, self.padding = stride, padding
-        shape = (size, size, num_inputs, num_outputs)
-        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), shape))
+        # drawn as a matrix: XLA takes seconds to compile draws of four dimensions
+        drawn = nnx.initializers.lecun_normal()(rngs.params(), (size * size * num_inputs, num_outputs))
+        self.kernel = nnx.Param(drawn.reshape(size, size, num_inputs, num_outputs))
         self.bias = nnx.Param(jnp.zeros(num_outputs))
 
     def __call__(self, x: jax.Array) -> jax.Array:

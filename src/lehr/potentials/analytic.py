@@ -28,7 +28,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.special import log_ndtr
+from jax.scipy.special import erfc
 from numpy.typing import ArrayLike
 
 from lehr.potentials.base import EnergyPotential, Moments, check_positive, check_time, replace
@@ -374,13 +374,11 @@ def _log_difference(c: jax.Array, h: jax.Array) -> jax.Array:
     """log [Φ(c + h) − Φ(c − h)] for c ≤ 0 and h not small."""
     upper, lower = c + h, c - h
     tail = upper < 0
-    safe = jnp.where(tail, upper, -1.0)
-    mills = _log_mills(safe)
-    in_tail = mills - safe**2 / 2 + _log1mexp(-2 * c * h + mills - _log_mills(lower))
-    inside = jnp.where(tail, 1.0, upper)
-    log_upper = log_ndtr(inside)
-    in_box = log_upper + _log1mexp(log_upper - log_ndtr(jnp.maximum(jnp.where(tail, -1.0, lower), -30.0)))
-    return jnp.where(tail, in_tail, in_box)
+    z = jnp.stack([jnp.where(tail, upper, -upper), lower])  # a side on which both are tails
+    mills = _log_mills(z)
+    apart = jnp.where(tail, -2 * c * h + mills[0] - mills[1], 1.0)
+    beyond = jnp.where(tail, 0.0, jnp.sum(jnp.exp(mills - z**2 / 2), 0))
+    return jnp.where(tail, mills[0] - z[0] ** 2 / 2 + _log1mexp(apart), jnp.log1p(-beyond))
 
 
 def _log_mills(z: jax.Array) -> jax.Array:
@@ -390,7 +388,8 @@ def _log_mills(z: jax.Array) -> jax.Array:
     deep = jnp.where(far, z, -20.0)
     r = 1 / deep**2
     series = 1 - r * (1 - 3 * r * (1 - 5 * r * (1 - 7 * r)))
-    return jnp.where(far, -jnp.log(-deep) - LOG_ROOT_2PI + jnp.log(series), log_ndtr(near) + near**2 / 2)
+    close = jnp.log(erfc(-near / math.sqrt(2)) / 2) + near**2 / 2
+    return jnp.where(far, -jnp.log(-deep) - LOG_ROOT_2PI + jnp.log(series), close)
 
 
 def _log1mexp(x: jax.Array) -> jax.Array:
