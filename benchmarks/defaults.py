@@ -43,16 +43,15 @@ def as_it_comes(p, **how):
 
 
 def settings(p):
-    """What nobody tuned."""
-    ladder = lehr.Ladder.adaptive(p)
+    """What nobody tuned: the defaults, and what is taken beside a likelihood, with and without its parts."""
+    beside = {"kernel": lehr.HMC(), "pilot": 64}
+    placed = lehr.Ladder.adaptive(p, kernel=lehr.HMC(), num_steps=2)
     return {
         "default": as_it_comes(p),
-        "default, Ladder.adaptive": as_it_comes(p, ladder=ladder),
-        "default, num_steps=1": as_it_comes(p, num_steps=1),
-        "MALA(), num_steps=1": as_it_comes(p, kernel=lehr.MALA(), num_steps=1),
-        "MALA(), num_steps=1, ladder=24, pilot=32": as_it_comes(
-            p, kernel=lehr.MALA(), num_steps=1, ladder=24, pilot=32
-        ),
+        "MALA(), ladder=40, pilot=64": as_it_comes(p, ladder=40, pilot=64),
+        "HMC(), num_steps=2, ladder=40, pilot=64": as_it_comes(p, num_steps=2, ladder=40, **beside),
+        "HMC(), ladder=40, pilot=64": as_it_comes(p, ladder=40, **beside),
+        "HMC(), num_steps=2, Ladder.adaptive, pilot=64": as_it_comes(p, num_steps=2, ladder=placed, **beside),
     }
 
 

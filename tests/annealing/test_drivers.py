@@ -44,6 +44,29 @@ def test_particles_that_nothing_would_move_are_refused():
         lehr.AnnealedSMC(NORMAL, num_steps=0).run(0)
 
 
+def seen(y=None):
+    x = numpyro.sample("x", lehr.Diffusion(NORMAL))
+    numpyro.sample("y", dist.Normal(x, 0.5).to_event(1), obs=y)
+
+
+@pytest.mark.parametrize(
+    ("model", "args", "given", "expected"),
+    [
+        (NORMAL * NORMAL, (), {}, (lehr.MALA, 24, 1, 32)),
+        (NORMAL * NORMAL, (), {"ladder": 5, "pilot": 8}, (lehr.MALA, 5, 1, 8)),
+        (NORMAL * NORMAL, (), {"kernel": lehr.HMC(2), "num_steps": 3}, (lehr.HMC, 24, 3, 32)),
+        (NORMAL * NORMAL, (), {"num_warmup": 2}, (lehr.MALA, 24, 1, 0)),
+        (NORMAL * SCORE, (), {}, (lehr.HMC, 40, 2, 64)),
+        (seen, (np.zeros(2),), {}, (lehr.HMC, 40, 2, 64)),
+    ],
+)
+def test_what_is_left_out_is_chosen_once_the_model_is_seen(model, args, given, expected):
+    smc = lehr.AnnealedSMC(model, **given)
+    program = smc.prepare(smc.bind(*args))
+    plan = program.plan
+    assert (type(plan.kernel), len(program.ladder), plan.num_steps, plan.num_pilot) == expected
+
+
 @pytest.mark.parametrize("arguments", [{"num_particles": 1}, {"threshold": 1.5}, {"threshold": -0.1}])
 def test_particles_need_company_and_a_threshold_between_zero_and_one(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):

@@ -44,7 +44,7 @@ def adaptive_times(
     kernel: Kernel | None,
     weights: Weights | None,
     num_particles: int,
-    num_steps: int,
+    num_steps: int | None,
     t_min: float | None,
     t_max: float,
     max_levels: int,
@@ -54,9 +54,8 @@ def adaptive_times(
     if not 0 < ess < 1:
         raise ValueError(f"ess is a share of the particles, between 0 and 1; got {ess!r}.")
     check_count("max_levels", max_levels)
-    driver = AnnealedSMC(
-        path, kernel, num_steps=num_steps, num_particles=num_particles, weights=weights, progress=False
-    )
+    how: dict[str, Any] = {"num_steps": num_steps, "num_particles": num_particles, "weights": weights}
+    driver = AnnealedSMC(path, kernel, **how, progress=False)
     program = driver.prepare(driver.path, t_min)
     path, structure, constants, plan = program.path, program.structure, program.constants, program.plan
     plan = plan._replace(num_warmup=WARMUP)

@@ -39,7 +39,7 @@ from lehr.programs.reverse import evaluations
 __all__ = ["Driver"]
 
 NUM_STARTS = 32  # where there are ordinary latents, each chain chooses its start from as many draws
-PILOT_CHAINS = 64
+PILOT_CHAINS = 64  # unless it is said otherwise
 CLEARLY = 0.7  # beside a likelihood proposals know little, and a pilot sees little of what that costs
 PILOT_WARMUP = 3  # tuned transitions of a pilot chain at each level
 
@@ -156,6 +156,13 @@ class Driver:
             ValueError, TypeError: as :meth:`run`.
         """
         path.bound_arguments()
+        return self._settled(path)._program(path, t_min)
+
+    def _settled(self, path: Path) -> Self:
+        """The driver with what was left open decided for a path."""
+        return self
+
+    def _program(self, path: Path, t_min: float | None) -> Program:
         kernel, weights = self._kernel(path), self.weights_of(path)
         path = self._checked(path, kernel, weights)
         ladder = self.ladder
@@ -172,11 +179,11 @@ class Driver:
         plan, dimension = program.plan, program.dimension
         guess = Tuning(plan.kernel.initial_step_size(dimension), 1.0, SHORT_SHARE)
         tuning = (guess if self.tuning is None else self.tuning).on(len(program.ladder), dimension)
-        if not self.pilot or not plan.num_steps or not _can_tune(program.path, plan.kernel):
+        if not plan.num_pilot or not plan.num_steps or not _can_tune(program.path, plan.kernel):
             return tuning, None
         shards = plan.layout.num_shards
         plan = plan._replace(
-            num_chains=-(-self.pilot // shards) * shards,
+            num_chains=-(-plan.num_pilot // shards) * shards,
             num_warmup=PILOT_WARMUP,
             num_draws=0,
             is_tuned=False,
@@ -295,6 +302,7 @@ class Driver:
             chooses=asks * (CLEARLY if path.other_sites else 1.0),
             weights=weights,
             num_chains=self.num_chains,
+            num_pilot=self.pilot,
             num_starts=1 if weights or path.score_sites or not path.latent_sites else NUM_STARTS,
             num_warmup=self.num_warmup if tunes else 0,
             num_steps=self.num_steps if tunes else self.num_steps + self.num_warmup,

@@ -14,20 +14,21 @@ All are faces of one level loop (:mod:`lehr.annealing.loop`), with the manners o
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path as FilePath
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Self
 
 from jax.sharding import Mesh, NamedSharding
 
-from lehr.annealing.driver import Driver
+from lehr.annealing.driver import PILOT_CHAINS, Driver
 from lehr.annealing.ladder import Ladder, check_count
 from lehr.annealing.plan import Plan
 from lehr.annealing.predictors import Ancestral, Predictor
 from lehr.annealing.progress import ProgressMeter
 from lehr.annealing.tuning import Tuning
 from lehr.annealing.weights import WEIGHTS, Weights, follow_path
-from lehr.kernels import HMC, Kernel
+from lehr.kernels import HMC, MALA, Kernel
 from lehr.potentials.base import Potential
 from lehr.programs.path import Path
 
@@ -108,13 +109,37 @@ class AnnealedMCMC(Driver):
         self.num_samples, self.thinning = (num_samples, thinning) if keeps_all else (1, num_samples * thinning)
 
 
+class Effort(NamedTuple):
+    """What :class:`AnnealedSMC` takes where nothing is said.
+
+    Attributes:
+        kernel: None for HMC, by line integrals where a factor is a score.
+        ladder: levels.
+        num_steps: transitions at each.
+        pilot: chains.
+    """
+
+    kernel: Kernel | None
+    ladder: int
+    num_steps: int
+    pilot: int
+
+
+ALONE = Effort(MALA(), 24, 1, 32)  # energies without a likelihood: moves between levels know nearly all there is
+BESIDE = Effort(None, 40, 2, PILOT_CHAINS)
+
+
 class AnnealedSMC(Driver):
     """Weighted and resampled particles down the ladder: right mode masses, and the evidence.
 
+    What is left out is chosen once the model is seen. Energies alone take 24 levels of one transition of
+    :class:`~lehr.MALA`: their moves between levels know the curvature, and do most of the work. Beside a likelihood, or
+    with a score among the factors, there are 40 levels of two transitions of :class:`~lehr.HMC`.
+
     Args:
         model: a NumPyro model, a potential, or a path.
-        kernel: how particles move at a level, with a Metropolis test: by default :class:`~lehr.HMC`,
-            with line integrals where a factor is known through its score only.
+        kernel: how particles move at a level, with a Metropolis test; the default has line integrals where a factor is
+            known through its score only.
         ladder: a :class:`~lehr.Ladder`, or a number of levels, as for :class:`AnnealedMCMC`.
         num_steps: transitions at each level, at a fixed step size; with path weights it may be 0, and the models'
             reverse kernels are then all that moves x (a twisted diffusion sampler).
@@ -130,7 +155,7 @@ class AnnealedSMC(Driver):
         predictor: with energy weights, how particles move to the next level: ``"ancestral"``, by a
             proposal that the weights account for; ``None``, they stay; ``"auto"``, whichever the pilot
             found better at each level, and ``None`` without a pilot. Path weights have their own proposal.
-        pilot: as for :class:`AnnealedMCMC`, and so ``tuning``.
+        pilot: as for :class:`AnnealedMCMC`, and so ``tuning``; 32 chains for energies alone.
         tuning: steps that are known beforehand.
         progress: as for :class:`AnnealedMCMC`, and so ``checkpoint``, ``sharding`` and ``max_batch``.
 
@@ -149,8 +174,8 @@ class AnnealedSMC(Driver):
         self,
         model: Callable[..., Any] | Potential | Path,
         kernel: Kernel | None = None,
-        ladder: int | Ladder = 40,
-        num_steps: int = 2,
+        ladder: int | Ladder | None = None,
+        num_steps: int | None = None,
         num_warmup: int = 0,
         num_particles: int = 1000,
         *,
@@ -165,6 +190,9 @@ class AnnealedSMC(Driver):
         sharding: Mesh | NamedSharding | None = None,
         max_batch: int | None = None,
     ) -> None:
+        given = {"kernel": kernel, "ladder": ladder, "num_steps": num_steps, "pilot": pilot}
+        self._open = {name for name, value in given.items() if value is None}
+        num_steps = BESIDE.num_steps if num_steps is None else num_steps
         check_count("num_steps", num_steps, least=0)
         check_count("num_particles", num_particles, least=2)
         if not 0 <= threshold <= 1:
@@ -175,8 +203,8 @@ class AnnealedSMC(Driver):
         if num_particles % islands or num_particles // islands < 2:
             raise ValueError(f"{islands} islands of at least 2 particles each do not make {num_particles} particles.")
         super().__init__(
-            model, kernel, ladder, num_steps, num_warmup, num_particles, pilot, tuning, predictor, progress, checkpoint,
-            sharding, max_batch,
+            model, kernel, BESIDE.ladder if ladder is None else ladder, num_steps, num_warmup, num_particles, pilot,
+            tuning, predictor, progress, checkpoint, sharding, max_batch,
         )  # fmt: skip
         self.num_islands = islands
         if kernel is not None and not kernel.is_adjusted:
@@ -203,6 +231,14 @@ class AnnealedSMC(Driver):
         if self.weights is not None:
             return self.weights
         return "path" if path.score_sites else "energy"
+
+    def _settled(self, path: Path) -> Self:
+        if path.other_sites or self.weights_of(path) != "energy":
+            return self
+        driver = copy.copy(self)
+        for name in self._open - (set() if self.pilot else {"pilot"}):
+            setattr(driver, name, getattr(ALONE, name))
+        return driver
 
     def _checked(self, path: Path, kernel: Kernel, weights: Weights | None) -> Path:
         if weights != "path":

@@ -97,7 +97,7 @@ class Ladder:
         kernel: Kernel | None = None,
         weights: Weights | None = None,
         num_particles: int = 256,
-        num_steps: int = 2,
+        num_steps: int | None = None,
         t_min: float | None = None,
         t_max: float = 1.0,
         max_levels: int = 1000,
@@ -116,7 +116,7 @@ class Ladder:
             kernel: how the pilot moves; by default as :class:`~lehr.AnnealedSMC` does.
             weights: how it is weighed, likewise.
             num_particles: of the pilot.
-            num_steps: its transitions at each level, beside those that tune the step.
+            num_steps: its transitions at each level, beside those that tune the step, likewise.
             t_min: the last level; by default where the blur is a tenth of the finest feature.
             t_max: the first level.
             max_levels: give up beyond.

@@ -22,6 +22,7 @@ class Plan(NamedTuple):
             loses less than this many times what staying loses. 0 if nobody asks.
         weights: how they are weighed; None for independent chains.
         num_chains: N.
+        num_pilot: chains of the pilot pass; 0 for none.
         num_starts: draws that each chain chooses its start from; 1 for weighted chains.
         num_warmup: tuned transitions at each level.
         num_steps: transitions at each level that count.
@@ -38,6 +39,7 @@ class Plan(NamedTuple):
     chooses: float
     weights: Weights | None
     num_chains: int
+    num_pilot: int
     num_starts: int
     num_warmup: int
     num_steps: int
