@@ -11,8 +11,7 @@ from lehr.checkpoints.native import read_checkpoint, save
 from lehr.networks import ResidualMLP
 from lehr.training.normalise import normalise
 
-S, LOW, HIGH, LEVELS = 0.5, 0.2, 20.0, 40
-EVENTS = S * np.random.default_rng(0).normal(size=(50_000, 2))
+S, LOW, HIGH, LEVELS = 0.5, 0.2, 20.0, 24
 
 
 class Constant(nnx.Module):
@@ -26,47 +25,31 @@ class Constant(nnx.Module):
 
 
 def log_z(value, sigma):
-    """What −prefactor · value makes of the normaliser, relative to the noisiest level."""
-    prefactor = lambda s: S / s * S**2 / (S**2 + s**2)  # noqa: E731
-    return -value * (prefactor(sigma) - prefactor(HIGH))
+    """What −prefactor · value makes of the normaliser."""
+    return -value * S / sigma * S**2 / (S**2 + sigma**2)
 
 
-def error_of(num_draws):
-    """The standard error of log Z at the clean end: targets have variance 2d at most, averaged and summed."""
-    return np.sqrt(2 * 2 * LEVELS / num_draws) * np.log(HIGH / LOW) / (LEVELS - 1)
-
-
-def test_a_wrong_normaliser_is_measured_and_taken_away():
+def test_a_wrong_normaliser_is_found_and_taken_away():
+    """The particles' proposals know the curvature but for what a pilot mistakes: .02 for 1,000 of them is plenty."""
     energy = lehr.EnergyNetwork(Constant(), event_shape=(2,), std=S, sigma_range=(LOW, HIGH))
-    found = normalise(energy, EVENTS, rng_key=jax.random.key(0), num_levels=LEVELS, num_draws=8192)
-    sigmas = np.geomspace(LOW, HIGH, LEVELS)
-    # the trapezoid's own error here is 7e-4
-    np.testing.assert_allclose(found.log_normalizer, log_z(0.3, sigmas), atol=4 * error_of(8192) + 1e-3)
-    assert abs(log_z(0.3, LOW)) > 10 * error_of(8192)  # as it is without
+    found = normalise(energy, jax.random.key(0))
+    np.testing.assert_allclose(found.log_normalizer, log_z(0.3, np.geomspace(LOW, HIGH, LEVELS)), atol=0.02)
+    assert abs(log_z(0.3, LOW)) > 0.5  # as it is without
+    assert found.is_calibrated
     exact = lehr.Gaussian(jnp.zeros(2), S, energy.schedule)
     x = jnp.array([0.3, -0.2])
     t = energy.schedule.time(-2 * jnp.log(0.5))
-    np.testing.assert_allclose(found.log_density(x, t), exact.log_density(x, t), atol=4 * error_of(8192) + 2e-3)
+    np.testing.assert_allclose(found.log_density(x, t), exact.log_density(x, t), atol=0.03)
     np.testing.assert_allclose(found.score(x, t), exact.score(x, t), rtol=1e-5)
 
 
 def test_every_class_has_its_own():
     values = (0.3, -0.2, 0.1)  # the last for all together
-    network = Constant(values, num_classes=2)
-    energy = lehr.EnergyNetwork(network, event_shape=(2,), std=S, sigma_range=(LOW, HIGH))
-    labels = np.arange(len(EVENTS)) % 2
-    found = normalise(energy, EVENTS, labels, rng_key=jax.random.key(1), num_levels=LEVELS, num_draws=8192)
+    energy = lehr.EnergyNetwork(Constant(values, num_classes=2), event_shape=(2,), std=S, sigma_range=(LOW, HIGH))
+    found = normalise(energy, jax.random.key(1))
     assert found.log_normalizer.shape == (3, LEVELS)
     for row, value in zip(found.log_normalizer, values, strict=True):
-        assert row[0] == pytest.approx(log_z(value, LOW), abs=4 * error_of(8192) + 1e-3)
-
-
-def test_classes_need_their_labels():
-    energy = lehr.EnergyNetwork(Constant((0.0,) * 3, num_classes=2), event_shape=(2,), std=S)
-    with pytest.raises(ValueError, match="give the labels"):
-        normalise(energy, EVENTS, rng_key=jax.random.key(0))
-    with pytest.raises(ValueError, match=r"there are none of \[1\]"):
-        normalise(energy, EVENTS, np.zeros(len(EVENTS), int), rng_key=jax.random.key(0))
+        assert row[0] == pytest.approx(log_z(value, LOW), abs=0.02)
 
 
 @pytest.mark.parametrize("shape", [(1,), (3, 4)])

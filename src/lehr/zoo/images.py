@@ -16,7 +16,15 @@ from lehr.zoo.produce import Making
 
 __all__ = ["IMAGES"]
 
-LEARN = Recipe(num_steps=4000, batch_size=256, time_weight=0.05, bound_weight=0.0, weight_decay=1.0, label_dropout=0.5)
+LEARN = Recipe(
+    num_steps=6000,
+    batch_size=256,
+    time_weight=0.05,
+    bound_weight=0.0,
+    weight_decay=1.0,
+    neighbours=3,
+    label_dropout=0.5,
+)
 CALIBRATE = dataclasses.replace(LEARN, num_steps=2000, learning_rate=1e-3, time_weight=0.3)
 
 IMAGES: dict[str, Making] = {

@@ -90,7 +90,7 @@ def produce(
     path = save(potential, Path(folder) / name, dtype="float16", **about)
     stored = read_checkpoint(path)
     if isinstance(stored, EnergyNetwork) and stored.is_calibrated:
-        stored = normalise(stored, data.events, data.labels, rng_key=jax.random.key(seed + 2))
+        stored = normalise(stored, jax.random.key(seed + 2))
     return save(stored, path, dtype="float16", **about, **_measured(stored, making, data, seed))
 
 
