@@ -3,9 +3,8 @@
 The lower half of each digit is hidden, the upper half seen through noise of a size that the sampler must find out.
 Truth is what the model's samples are: the digit under the noise at which the ladder ends. Coverage: over all hidden
 pixels, and over those that the posterior is unsure of (standard deviation above twice that noise). Error: of the
-posterior mean, root mean square. Particles are weighed by the model's own reverse kernels, and the likelihood grows on
-the way down, since its noise is not known at the top. Beside it plain reverse diffusion with the likelihood's
-gradient, told the noise.
+posterior mean, root mean square. The chains are independent, and the likelihood grows on the way down, since its noise
+is not known at the top. Beside it plain reverse diffusion with the likelihood's gradient, told the noise.
 `python benchmarks/inpainting.py [digits]`
 """
 
@@ -23,7 +22,7 @@ import lehr
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "exact"))
 from digits_judge import DATA, SIGMA, ladder, pictures
 
-NOISE, DRAWS = 0.2, 400
+NOISE = 0.2
 SEEN = np.zeros((8, 8), bool)
 SEEN[:4] = True
 DIGITS = lehr.load("digits")
@@ -37,20 +36,12 @@ def model(y, noise=None):
 
 
 def samplers():
+    path = lehr.Path(model, lehr.guidance.Annealed(rate=2))
+    steps = {"num_steps": 2, "num_samples": 20, "keep": "last", "progress": False}
     return {
-        "AnnealedSMC": (
-            lehr.AnnealedSMC(
-                lehr.Path(model, lehr.guidance.Annealed()),
-                ladder=ladder(DIGITS, 60),
-                num_steps=1,
-                num_particles=DRAWS,
-                weights="path",
-                progress=False,
-            ),
-            (),
-        ),
+        "AnnealedMCMC": (lehr.AnnealedMCMC(path, ladder=ladder(DIGITS, 60), num_chains=128, **steps), ()),
         "Reverse, told the noise": (
-            lehr.Reverse(model, num_levels=ladder(DIGITS, 240), num_samples=DRAWS, progress=False),
+            lehr.Reverse(model, num_levels=ladder(DIGITS, 240), num_samples=400, progress=False),
             (NOISE,),
         ),
     }
