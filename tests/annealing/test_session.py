@@ -135,7 +135,7 @@ def test_what_is_resumed_must_be_what_was_begun(tmp_path):
         "seed is": (smc, 4),
         "num_chains is 32 there, 64 here": (
             lehr.AnnealedSMC(TARGET, num_particles=64, progress=False, checkpoint=tmp_path, **FEW), 3),
-        "kernel is": (lehr.AnnealedSMC(TARGET, lehr.MALA(), num_particles=32, checkpoint=tmp_path, **FEW), 3),
+        "kernel is": (lehr.AnnealedSMC(TARGET, lehr.HMC(), num_particles=32, checkpoint=tmp_path, **FEW), 3),
         "^(?!.*model).*data is": (
             lehr.AnnealedSMC(NARROWER, num_particles=32, checkpoint=tmp_path, **FEW), 3),
         "model is": (lehr.AnnealedSMC(NORMAL * TARGET, num_particles=32, checkpoint=tmp_path, **FEW), 3),
