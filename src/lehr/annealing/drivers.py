@@ -17,11 +17,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path as FilePath
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 from jax.sharding import Mesh, NamedSharding
 
-from lehr.annealing.driver import PILOT_CHAINS, Driver
+from lehr.annealing.driver import Driver
 from lehr.annealing.ladder import Ladder, check_count
 from lehr.annealing.plan import Plan
 from lehr.annealing.predictors import Ancestral, Predictor
@@ -109,24 +109,9 @@ class AnnealedMCMC(Driver):
         self.num_samples, self.thinning = (num_samples, thinning) if keeps_all else (1, num_samples * thinning)
 
 
-class Effort(NamedTuple):
-    """What :class:`AnnealedSMC` takes where nothing is said.
-
-    Attributes:
-        kernel: None for HMC, by line integrals where a factor is a score.
-        ladder: levels.
-        num_steps: transitions at each.
-        pilot: chains.
-    """
-
-    kernel: Kernel | None
-    ladder: int
-    num_steps: int
-    pilot: int
-
-
-ALONE = Effort(MALA(), 24, 1, 32)  # energies without a likelihood: moves between levels know nearly all there is
-BESIDE = Effort(None, 40, 2, PILOT_CHAINS)
+# What AnnealedSMC takes where nothing is said. Of energies alone the moves between levels know nearly all there is.
+ALONE = {"kernel": MALA(), "ladder": 24, "num_steps": 1, "pilot": 32}
+LEVELS, STEPS = 40, 2
 
 
 class AnnealedSMC(Driver):
@@ -192,7 +177,7 @@ class AnnealedSMC(Driver):
     ) -> None:
         given = {"kernel": kernel, "ladder": ladder, "num_steps": num_steps, "pilot": pilot}
         self._open = {name for name, value in given.items() if value is None}
-        num_steps = BESIDE.num_steps if num_steps is None else num_steps
+        num_steps = STEPS if num_steps is None else num_steps
         check_count("num_steps", num_steps, least=0)
         check_count("num_particles", num_particles, least=2)
         if not 0 <= threshold <= 1:
@@ -203,7 +188,7 @@ class AnnealedSMC(Driver):
         if num_particles % islands or num_particles // islands < 2:
             raise ValueError(f"{islands} islands of at least 2 particles each do not make {num_particles} particles.")
         super().__init__(
-            model, kernel, BESIDE.ladder if ladder is None else ladder, num_steps, num_warmup, num_particles, pilot,
+            model, kernel, LEVELS if ladder is None else ladder, num_steps, num_warmup, num_particles, pilot,
             tuning, predictor, progress, checkpoint, sharding, max_batch,
         )  # fmt: skip
         self.num_islands = islands
@@ -237,7 +222,7 @@ class AnnealedSMC(Driver):
             return self
         driver = copy.copy(self)
         for name in self._open - (set() if self.pilot else {"pilot"}):
-            setattr(driver, name, getattr(ALONE, name))
+            setattr(driver, name, ALONE[name])
         return driver
 
     def _checked(self, path: Path, kernel: Kernel, weights: Weights | None) -> Path:
