@@ -33,9 +33,17 @@ def test_the_card_says_what_it_is(digits):
     assert card["value_range"] == [-1.0, 1.0]
     assert card["sigma_range"][0] == SIGMA
     assert card["grain"] == 1 / 8
-    for figure, bound in zip(card["calibration"], (5.0, 1.0, 0.15), strict=True):
-        assert abs(figure["mean"]) < bound
     assert "digits" in repr(lehr.zoo())
+
+
+MISSED = pytest.mark.xfail(reason="energy less flow is .89 nats at .3, on held-out digits", strict=True)
+
+
+@pytest.mark.parametrize(
+    ("place", "bound"), [(0, 5.0), pytest.param(1, 0.5, marks=MISSED), (2, 0.1)], ids=["0.1", "0.3", "1.0"]
+)
+def test_the_card_says_how_far_the_energy_is_from_its_flow(place, bound):
+    assert abs(lehr.zoo()["digits"]["calibration"][place]["mean"]) < bound
 
 
 def test_it_tells_held_out_digits_apart(digits):
@@ -75,18 +83,20 @@ def test_its_evidence_is_one(digits, label):
 
 
 @pytest.mark.slow
-def test_the_energy_is_hardly_more_than_what_its_flow_says(digits):
+def test_the_energy_is_normalised_as_its_flow_is(digits):
     figures = calibration(digits, DATA.held_out[::16][:30], sigmas=(0.1, 0.3, 1.0), rng_key=jax.random.key(7))
-    for figure, bound in zip(figures, (5.0, 1.0, 0.15), strict=True):
+    for figure, bound in zip(figures, (5.0, 0.5, 0.1), strict=True):
         assert abs(figure["mean"]) < bound + 3 * figure["spread"] / np.sqrt(30)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sample", [smc, reverse])
+@pytest.mark.parametrize(
+    "sample", [pytest.param(smc, marks=pytest.mark.xfail(reason="the score is .579", strict=True)), reverse]
+)
 def test_samples_are_hardly_told_from_held_out_digits(digits, sample):
-    """Digits drawn from the training set with replacement score .55; the mean of three sets of 500."""
+    """As digits drawn from the training set with replacement are, which score .55; the mean of three sets of 500."""
     scores = [two_sample_score(sample(digits, 500, seed=seed), held_out(500)) for seed in range(3)]
-    assert np.mean(scores) < 0.58 + 0.016
+    assert np.mean(scores) < 0.56 + 0.016
 
 
 @pytest.mark.slow
