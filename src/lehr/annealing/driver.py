@@ -1,7 +1,8 @@
 r"""What all drivers share: a model is bound to its data, made ready, tuned by a pilot, run, and read.
 
 A pilot pass of few chains goes down the whole ladder first, with three tuned transitions at each
-level, and leaves a :class:`~lehr.Tuning`. The chains that count take it as it is.
+level, and leaves a :class:`~lehr.Tuning`; where a number of levels was asked for, it also says where they
+stand (:mod:`lehr.annealing.spacing`). The chains that count take it as it is.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from lehr.annealing.program import Program, digest
 from lehr.annealing.progress import ProgressMeter, as_meter
 from lehr.annealing.run import Run, Trial, record
 from lehr.annealing.session import Session
+from lehr.annealing.spacing import interpolated, spaced
 from lehr.annealing.tuning import SHORT_SHARE, Tuning, smooth
 from lehr.annealing.weights import Weights, follow_path
 from lehr.kernels import HMC, Kernel
@@ -40,7 +42,7 @@ __all__ = ["Driver"]
 
 NUM_STARTS = 32  # where there are ordinary latents, each chain chooses its start from as many draws
 PILOT_CHAINS = 64  # unless it is said otherwise
-CLEARLY = 0.7  # beside a likelihood proposals know little, and a pilot sees little of what that costs
+CLEARLY = 0.7  # beside a likelihood proposals know little, and alone nearly all; a pilot sees little of what that costs
 PILOT_WARMUP = 3  # tuned transitions of a pilot chain at each level
 
 
@@ -61,6 +63,7 @@ class Driver:
     thinning: int = 1
     threshold: float = 0.0
     num_islands: int = 1
+    _places_levels: bool = False  # whether a number of levels is placed by what the pilot saw
     _optional: tuple[str, ...] = ()  # functions of the path that the level loop itself does not need
 
     def __init__(
@@ -166,7 +169,9 @@ class Driver:
         kernel, weights = self._kernel(path), self.weights_of(path)
         path = self._checked(path, kernel, weights)
         ladder = self.ladder
-        if not isinstance(ladder, Ladder):
+        if not isinstance(ladder, Ladder) and self.tuning is not None and np.size(self.tuning.times) == ladder:
+            ladder = Ladder(self.tuning.times)
+        elif not isinstance(ladder, Ladder):
             if t_min is None:
                 t_min = clean_end(path.schedule, float(_finest(*close(path, ("init", "widths")))))
             ladder = Ladder.log_snr(path.schedule, ladder, t_min=t_min)
@@ -198,6 +203,9 @@ class Driver:
             curvature=np.exp(smooth(np.log(trial.levels.curvature))),
             moves=trial.levels.moves,
         )
+        if self._places_levels and plan.weights and not isinstance(self.ladder, Ladder):
+            ladder = spaced(program.ladder, program.path.schedule, np.asarray(trial.levels.conditional_ess))
+            found = interpolated(found, program.path.schedule, program.ladder, ladder)
         return found, trial
 
     @property
@@ -239,17 +247,18 @@ class Driver:
 
     def sample(self, program: Program, rng_key: jax.Array, resume: bool = False) -> Run:
         """Tune, and go down the ladder once; :meth:`run` on what :meth:`prepare` returned."""
-        path, plan, ladder = program.path, program.plan, program.ladder
+        path, plan = program.path, program.plan
         started = time.monotonic()
         with self.session(program, rng_key, resume, as_meter(self.progress)) as session:
             key_pilot, key_run = jax.random.split(rng_key)
             tuning, trial = self.rehearse(program, key_pilot, session)
+            program, tuning = program.at(tuning.times), tuning._replace(times=None)
             plan = plan._replace(is_tuned=trial is not None or self.tuning is not None)
             state = program.anneal(plan, tuning, key_run, self.threshold, session, "run")
             result = program.outcome(plan, key_run, state)
         seconds = time.monotonic() - started
         run = record(
-            type(self).__name__, path, plan, ladder, result, trial,
+            type(self).__name__, path, plan, program.ladder, result, trial,
             {"seconds": seconds - session.seconds_compiling, "compile_seconds": session.seconds_compiling},
         )  # fmt: skip
         stranded = int(np.sum(~np.isfinite(result.logdensity) & np.isfinite(result.log_weights)))
@@ -299,7 +308,7 @@ class Driver:
         return Plan(
             kernel=kernel,
             predictor=None if follow_path(weights) else predictor,
-            chooses=asks * (CLEARLY if path.other_sites else 1.0),
+            chooses=asks * (CLEARLY if path.other_sites else 1 / CLEARLY),
             weights=weights,
             num_chains=self.num_chains,
             num_pilot=self.pilot,

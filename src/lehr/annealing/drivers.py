@@ -125,7 +125,9 @@ class AnnealedSMC(Driver):
         model: a NumPyro model, a potential, or a path.
         kernel: how particles move at a level, with a Metropolis test; the default has line integrals where a factor is
             known through its score only.
-        ladder: a :class:`~lehr.Ladder`, or a number of levels, as for :class:`AnnealedMCMC`.
+        ladder: a :class:`~lehr.Ladder`, or a number of levels between the same ends as for :class:`AnnealedMCMC`. Where
+            there is a pilot it places them, closest where its particles lost most; without one they are uniform in
+            log-SNR.
         num_steps: transitions at each level, at a fixed step size; with path weights it may be 0, and the models'
             reverse kernels are then all that moves x (a twisted diffusion sampler).
         num_warmup: transitions at each level before those, which tune the step size, in place of a pilot.
@@ -154,6 +156,8 @@ class AnnealedSMC(Driver):
         Skreta et al., Feynman-Kac correctors in diffusion, ICML 2025 (weights of scores).
         Wu et al., Practical and asymptotically exact conditional sampling in diffusion models, NeurIPS 2023.
     """
+
+    _places_levels = True
 
     def __init__(
         self,

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from blackjax.smc.resampling import systematic
 
-from lehr.annealing.entry import Entry, is_sound, target_at
+from lehr.annealing.entry import Entry, conditional_ess, is_sound, target_at
 from lehr.annealing.keys import per_chain
 from lehr.annealing.mover import Mover
 from lehr.annealing.plan import Plan
@@ -51,6 +51,7 @@ class LevelStats(NamedTuple):
 
     acceptance_rate: jax.Array
     step_size: jax.Array
+    conditional_ess: jax.Array
     ess: jax.Array
     log_evidence: jax.Array
     resampled: jax.Array
@@ -128,9 +129,9 @@ def begin_run(
     zero, count, flag = jnp.zeros(k), jnp.zeros(k, int), jnp.zeros(k, bool)
     vector = jnp.zeros((k, dimension))
     levels = LevelStats(
-        acceptance_rate=zero, step_size=zero, ess=zero, log_evidence=zero, resampled=flag, survivors=count,
-        divergences=count, nonfinite=count, evaluations=zero, gap=zero, loop_integral=zero, inverse_mass=vector,
-        curvature=vector, moves=flag,
+        acceptance_rate=zero, step_size=zero, conditional_ess=zero, ess=zero, log_evidence=zero, resampled=flag,
+        survivors=count, divergences=count, nonfinite=count, evaluations=zero, gap=zero, loop_integral=zero,
+        inverse_mass=vector, curvature=vector, moves=flag,
     )  # fmt: skip
     num_draws = plan.num_draws
     some = jnp.zeros((num_draws, n))
@@ -184,8 +185,9 @@ def advance(
         finite_gap = jnp.where(jnp.isfinite(entered.gap), entered.gap, 0.0)
         gap = jnp.sum(finite_gap * jnp.exp(overall(particles)))
         particles = particles._replace(chains=entered.chains)
-        resampled, ess = jnp.zeros((), bool), jnp.asarray(float(plan.num_chains))
+        resampled, ess, kept = jnp.zeros((), bool), jnp.asarray(float(plan.num_chains)), jnp.ones(())
         if plan.weights:
+            kept = conditional_ess(overall(particles), entered.increment)
             particles, ess, resampled = weigh(particles, entered.increment, key_resample, threshold, plan.layout)
         if plan.is_tuned:
             inverse_mass = tuning.scale[k] ** 2
@@ -204,6 +206,7 @@ def advance(
         stats = LevelStats(
             acceptance_rate=jnp.mean(moved.acceptance_rate),
             step_size=jnp.exp(log_step),
+            conditional_ess=kept,
             ess=ess,
             log_evidence=particles.total_log_evidence,
             resampled=resampled,

@@ -47,13 +47,13 @@ class Run:
         sample_stats: (chain, draw) arrays ``acceptance_rate``, ``diverging``, ``lp``, where they exist.
         observations: observed values, by site.
         levels: per-level arrays, shape (K,): ``t``, ``log_snr``, ``sigma`` (σ/α, the noise in units of
-            the data), ``acceptance_rate``, ``step_size``, ``ess_weights``, ``log_evidence``, ``resampled``,
-            ``survivors`` (distinct ancestors), ``diverging`` (transitions), ``nonfinite`` (chains whose log density or
-            gradient was not finite on entry); with
-            both kinds of weights ``gap`` (energy less path, nats); with scores ``loop_integral``
-            (root mean square of ∮ s·dx over triangles of one scale, nats).
+            the data), ``acceptance_rate``, ``step_size``, ``conditional_ess`` (which share of
+            the particles is left by what weights gained on the way there), ``ess_weights``, ``log_evidence``,
+            ``resampled``, ``survivors`` (distinct ancestors), ``diverging`` (transitions), ``nonfinite`` (chains whose
+            log density or gradient was not finite on entry); with both kinds of weights ``gap`` (energy less path,
+            nats); with scores ``loop_integral`` (root mean square of ∮ s·dx over triangles of one scale, nats).
         attrs: how the run was made, and what it cost.
-        tuning: the steps that were taken, for another run on the same ladder.
+        tuning: the steps that were taken and their levels, for another run.
         particles: a weighted run's weighted set, by site, shape (N, *site); empty otherwise.
         log_weights: its normalised log weights, shape (N,); None for an unweighted run.
     """
@@ -230,6 +230,7 @@ def record(
     }
     if plan.weights:
         levels |= {
+            "conditional_ess": host.levels.conditional_ess,
             "ess_weights": host.levels.ess,
             "log_evidence": host.levels.log_evidence,
             "resampled": host.levels.resampled,
@@ -262,7 +263,12 @@ def record(
         **{name: round(value, 3) for name, value in seconds.items()},
     }
     tuning = Tuning(
-        host.levels.step_size, host.levels.inverse_mass**0.5, SHORT_SHARE, host.levels.curvature, host.levels.moves
+        step_size=host.levels.step_size,
+        scale=host.levels.inverse_mass**0.5,
+        short_share=SHORT_SHARE,
+        curvature=host.levels.curvature,
+        moves=host.levels.moves,
+        times=np.asarray(ladder.times),
     )
     weighted: dict[str, Any] = {}
     if plan.weights:

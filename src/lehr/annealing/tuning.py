@@ -48,6 +48,8 @@ class Tuning(NamedTuple):
         short_share: which share of transitions takes a quarter of the step.
         curvature: of −log π, averaged, a scalar or (K, D), for the proposals of weighted chains.
         moves: to which levels weighted chains move, and do not stay where they are: a bool or (K,).
+        times: the levels that it was found for, where a pilot has placed them, (K,): a driver that is given the tuning
+            and their number takes them.
     """
 
     step_size: Any
@@ -55,6 +57,7 @@ class Tuning(NamedTuple):
     short_share: Any = 0.0
     curvature: Any = 1.0
     moves: Any = True
+    times: Any = None
 
     def on(self, num_levels: int, dimension: int) -> Tuning:
         """The same as arrays of shapes (K,) and (K, D).
