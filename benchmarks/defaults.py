@@ -37,21 +37,22 @@ def hand_made(p, d, levels, num_steps, leapfrogs):
 
 
 def as_it_comes(p, **how):
+    """A run of what nobody tuned, as a function of its seed, and the levels that it starts from."""
     smc = lehr.AnnealedSMC(p, num_particles=N, progress=False, **how)
     program = smc.prepare(smc.path)
-    return lambda seed: smc.sample(program, jax.random.key(seed))
+    return (lambda seed: smc.sample(program, jax.random.key(seed))), program.ladder
 
 
 def settings(p):
-    """What nobody tuned: the defaults, and what is taken beside a likelihood, with and without its parts."""
-    beside = {"kernel": lehr.HMC(), "pilot": 64}
+    """What nobody tuned: the defaults, and what is taken beside a likelihood, with the levels placed or not."""
+    beside = {"kernel": lehr.HMC(), "num_steps": 2, "pilot": 64}
+    default, uniform = as_it_comes(p)
     placed = lehr.Ladder.adaptive(p, kernel=lehr.HMC(), num_steps=2)
     return {
-        "default": as_it_comes(p),
-        "MALA(), ladder=40, pilot=64": as_it_comes(p, ladder=40, pilot=64),
-        "HMC(), num_steps=2, ladder=40, pilot=64": as_it_comes(p, num_steps=2, ladder=40, **beside),
-        "HMC(), ladder=40, pilot=64": as_it_comes(p, ladder=40, **beside),
-        "HMC(), num_steps=2, Ladder.adaptive, pilot=64": as_it_comes(p, num_steps=2, ladder=placed, **beside),
+        "default": default,
+        "the same on levels uniform in log-SNR": as_it_comes(p, ladder=uniform)[0],
+        "HMC(), num_steps=2, ladder=40, pilot=64": as_it_comes(p, ladder=40, **beside)[0],
+        "the same on Ladder.adaptive": as_it_comes(p, ladder=placed, **beside)[0],
     }
 
 

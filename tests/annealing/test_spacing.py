@@ -96,3 +96,9 @@ def test_a_tuning_knows_its_levels(eight_modes, run):
     again = lehr.AnnealedSMC(eight_modes, ladder=24, num_steps=1, kernel=lehr.MALA(), tuning=run.tuning, progress=False)
     np.testing.assert_array_equal(again.run(1).levels["t"], run.levels["t"])
     assert jnp.allclose(again.last_run.log_evidence, 0.0, atol=5 * again.last_run.log_evidence_se)
+
+
+def test_path_weights_do_not_show_what_a_long_step_loses_and_leave_levels_uniform():
+    product = lehr.GaussianMixture([[-1.0], [1.0]], 0.1) * lehr.Gaussian([0.5], 1.0)
+    run = lehr.AnnealedSMC(product, ladder=6, num_particles=20, weights="path", pilot=4, progress=False).run(0)
+    np.testing.assert_allclose(np.diff(run.levels["log_snr"], 2), 0.0, atol=2e-3)

@@ -203,7 +203,7 @@ class Driver:
             curvature=np.exp(smooth(np.log(trial.levels.curvature))),
             moves=trial.levels.moves,
         )
-        if self._places_levels and plan.weights and not isinstance(self.ladder, Ladder):
+        if self._places_levels and plan.weights != "path" and not isinstance(self.ladder, Ladder):
             ladder = spaced(program.ladder, program.path.schedule, np.asarray(trial.levels.conditional_ess))
             found = interpolated(found, program.path.schedule, program.ladder, ladder)
         return found, trial

@@ -126,8 +126,8 @@ class AnnealedSMC(Driver):
         kernel: how particles move at a level, with a Metropolis test; the default has line integrals where a factor is
             known through its score only.
         ladder: a :class:`~lehr.Ladder`, or a number of levels between the same ends as for :class:`AnnealedMCMC`. Where
-            there is a pilot it places them, closest where its particles lost most; without one they are uniform in
-            log-SNR.
+            there is a pilot it places them, closest where its particles lost most; without one, and with path weights,
+            they are uniform in log-SNR.
         num_steps: transitions at each level, at a fixed step size; with path weights it may be 0, and the models'
             reverse kernels are then all that moves x (a twisted diffusion sampler).
         num_warmup: transitions at each level before those, which tune the step size, in place of a pilot.

@@ -10,6 +10,8 @@ the density changes fast. A pilot of few chains knows s roughly, and nothing of 
 step is therefore measured by s, and half by log-SNR, which no step then covers more than twice as fast as it would
 if levels were uniform. The ends stay where they are.
 
+Path weights leave levels uniform: what their reverse kernels lack over a long step does not show in them.
+
 References:
     Gelman & Meng, Simulating normalizing constants: from importance sampling to bridge sampling to path sampling,
     Statistical Science 1998 (the length of a path).
