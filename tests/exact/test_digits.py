@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import pytest
 from digits_judge import DATA, SIGMA, classifier, flat, held_out, ladder, reverse, smc, two_sample_score
 
@@ -36,7 +38,7 @@ def test_the_card_says_what_it_is(digits):
     assert "digits" in repr(lehr.zoo())
 
 
-MISSED = pytest.mark.xfail(reason="energy less flow is .89 nats at .3, on held-out digits", strict=True)
+MISSED = pytest.mark.xfail(reason="energy less flow is .82 ± .10 nats at .3, on held-out digits", strict=True)
 
 
 @pytest.mark.parametrize(
@@ -127,3 +129,21 @@ def test_a_class_divided_out_is_gone(without_eights, judge):
 @pytest.mark.xfail(reason="the score is .75", strict=True)
 def test_the_classes_that_are_not_divided_out_stay_as_they_were(without_eights):
     assert two_sample_score(without_eights, held_out(500, np.flatnonzero(np.arange(10) != 8))) < 0.65
+
+
+@pytest.mark.slow
+def test_a_latent_label_has_the_masses_of_its_prior(digits):
+    """Down to σ = .3, where normalisers are known to .15 nats: tenths come out between .085 and .115, and by chance
+    .02 beside that, if a quarter of the particles is effective."""
+    start, end = (float(digits.schedule.time(-2 * jnp.log(s))) for s in (8.0, 0.3))
+    how = {"ladder": lehr.Ladder.log_snr(digits.schedule, 24, t_min=end, t_max=start), "num_particles": 1000}
+
+    def any_digit():
+        label = numpyro.sample("label", dist.Categorical(probs=jnp.ones(10) / 10))
+        numpyro.sample("x", lehr.Diffusion(digits.given(label)))
+
+    smc = lehr.AnnealedSMC(any_digit, lehr.MALA(), num_steps=1, pilot=32, progress=False, **how)
+    run = smc.run(0)
+    masses = np.bincount(smc.get_samples()["label"].ravel(), minlength=10) / 1000
+    np.testing.assert_allclose(masses, 0.1, atol=0.015 + 3 * 0.02)
+    assert abs(run.log_evidence) < 0.15 + 3 * run.log_evidence_se

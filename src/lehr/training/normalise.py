@@ -24,7 +24,6 @@ import numpy as np
 import numpyro
 
 from lehr.annealing.drivers import AnnealedSMC
-from lehr.annealing.ladder import Ladder
 from lehr.potentials.base import replace
 from lehr.potentials.network import EnergyNetwork
 from lehr.programs.diffusion import Diffusion
@@ -33,25 +32,30 @@ __all__ = ["normalise"]
 
 
 def normalise(
-    energy: EnergyNetwork, rng_key: jax.Array, *, num_levels: int = 24, num_particles: int = 1024
+    energy: EnergyNetwork, rng_key: jax.Array, *, num_levels: int = 24, num_particles: int = 2048
 ) -> EnergyNetwork:
     """The energy with its normaliser found and taken away; it counts as calibrated.
 
     Args:
         energy: a trained energy; of one with classes it is a run for each, and one for all together.
         rng_key: a JAX key.
-        num_levels: levels between which log Z is linear in log σ, uniform over ``energy.sigma_range``.
+        num_levels: levels between which log Z is linear in log σ, uniform over ``energy.sigma_range``. The runs have
+            twice as many, where their pilots place them.
         num_particles: of each run.
     """
     bare = replace(energy, log_normalizer=None)
-    clean, noisy = (float(bare.schedule.time(-2 * jnp.log(sigma))) for sigma in bare.sigma_range)
-    ladder = Ladder.log_snr(bare.schedule, num_levels, t_min=clean, t_max=noisy)
+    log_snr = -2 * np.log(np.geomspace(bare.sigma_range[0], bare.sigma_range[1], num_levels))
+    end = float(bare.schedule.time(log_snr[0]))
 
     def alone(label: jax.Array) -> None:
         numpyro.sample("x", Diffusion(bare.given(label) if bare.num_classes else bare))
 
-    driver = AnnealedSMC(alone, ladder=ladder, num_particles=num_particles, progress=False)
+    driver = AnnealedSMC(alone, ladder=2 * num_levels, num_particles=num_particles, progress=False)
+
+    def log_z(label: jax.Array, key: jax.Array) -> np.ndarray:
+        levels = driver.sample(driver.prepare(driver.bind(label), end), key).levels
+        return np.interp(log_snr, levels["log_snr"], levels["log_evidence"])
+
     labels = jnp.arange(bare.num_classes + 1)
-    runs = [driver.run(key, label) for key, label in zip(jax.random.split(rng_key, len(labels)), labels, strict=True)]
-    log_z = np.stack([run.levels["log_evidence"][::-1] for run in runs])
-    return replace(energy, log_normalizer=jnp.asarray(log_z if bare.num_classes else log_z[0]), calibrated=True)
+    found = np.stack([log_z(*one) for one in zip(labels, jax.random.split(rng_key, len(labels)), strict=True)])
+    return replace(energy, log_normalizer=jnp.asarray(found if bare.num_classes else found[0]), calibrated=True)

@@ -23,7 +23,7 @@ from lehr.training.start import suitable_network, untrained_energy, untrained_sc
 __all__ = ["Making", "produce"]
 
 HELD_OUT = 500  # events on which losses are measured
-COMPARED = 64  # events on which an energy is compared with its probability flow: many derivatives each
+COMPARED = 250  # events on which an energy is compared with its probability flow: many derivatives each
 
 
 class Making(NamedTuple):
