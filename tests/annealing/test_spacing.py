@@ -48,6 +48,16 @@ def test_the_ends_stay_and_no_step_is_more_than_doubled_whatever_the_pilot_met(d
     assert steps.max() < 2.001 * np.diff(log_snr(LADDER)).max()
 
 
+def test_one_step_that_went_astray_does_not_draw_all_levels_to_itself():
+    """It and its two neighbours, which it is smoothed over, have half of 3 × 8/40, and 3/40 of the rest: 14 of 40."""
+    astray = np.full(40, 0.01)
+    astray[20] = 20.0
+    after = log_snr(spaced(LADDER, SCHEDULE, shares(astray)))
+    before = log_snr(LADDER)
+    drawn = np.sum((after > before[19]) & (after < before[22]))
+    assert 13 <= drawn <= 15
+
+
 def test_a_ladder_of_two_levels_has_nothing_to_place():
     two = lehr.Ladder([0.9, 0.1])
     assert spaced(two, SCHEDULE, np.array([1.0, 0.3])) is two

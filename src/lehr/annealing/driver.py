@@ -42,7 +42,7 @@ __all__ = ["Driver"]
 
 NUM_STARTS = 32  # where there are ordinary latents, each chain chooses its start from as many draws
 PILOT_CHAINS = 64  # unless it is said otherwise
-CLEARLY = 0.7  # beside a likelihood proposals know little, and alone nearly all; a pilot sees little of what that costs
+CLEARLY = 0.7  # beside a likelihood proposals know little, without one nearly all, and a pilot sees little of either
 PILOT_WARMUP = 3  # tuned transitions of a pilot chain at each level
 
 

@@ -30,6 +30,7 @@ from lehr.schedules import Schedule
 __all__ = ["interpolated", "spaced"]
 
 BY_LOSS = 0.5  # the part of each step that is measured by s
+LARGEST = 8.0  # times its part of log-SNR that a step may have by s: one that went astray is not to draw all levels
 
 
 def spaced(ladder: Ladder, schedule: Schedule, conditional_ess: np.ndarray) -> Ladder:
@@ -50,7 +51,8 @@ def spaced(ladder: Ladder, schedule: Schedule, conditional_ess: np.ndarray) -> L
     loss = (ends[:-2] + 2 * loss + ends[2:]) / 4
     length = np.diff(log_snr) / (log_snr[-1] - log_snr[0])
     if loss.sum() > 0:
-        length = BY_LOSS * loss / loss.sum() + (1 - BY_LOSS) * length
+        by_loss = BY_LOSS * np.minimum(loss / loss.sum(), LARGEST * length)
+        length = by_loss + (1 - by_loss.sum()) * length
     so_far = np.append(0.0, np.cumsum(length))
     inner = np.interp(np.linspace(0, so_far[-1], times.size)[1:-1], so_far, log_snr)
     times[1:-1] = np.asarray(schedule.time(inner))
