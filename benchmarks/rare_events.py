@@ -37,7 +37,6 @@ COVARIANCES = np.array(
 )
 PRIOR = lehr.GaussianMixture(LOCS, np.linalg.cholesky(COVARIANCES), MASSES, lehr.VPLinear())
 S = 0.05
-SCORES = {"metropolis": "line-integral", "integrate_energies": True}
 BUDGET = 97_000  # by a trial of 2,000 particles; of fewer the pilot takes a larger share
 UP = 0.85  # the first level
 

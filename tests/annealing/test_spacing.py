@@ -105,7 +105,15 @@ def test_levels_crowd_where_modes_part_and_particles_are_lost_more_evenly(eight_
 def test_a_tuning_knows_its_levels(eight_modes, run):
     again = lehr.AnnealedSMC(eight_modes, ladder=24, num_steps=1, kernel=lehr.MALA(), tuning=run.tuning, progress=False)
     np.testing.assert_array_equal(again.run(1).levels["t"], run.levels["t"])
+    np.testing.assert_array_equal(again.last_run.tuning.times, run.levels["t"])
     assert jnp.allclose(again.last_run.log_evidence, 0.0, atol=5 * again.last_run.log_evidence_se)
+
+
+def test_one_level_may_be_tuned_by_hand():
+    chains = lehr.AnnealedMCMC(
+        lehr.Gaussian([0.0], 1.0), ladder=1, num_chains=2, num_samples=1, tuning=lehr.Tuning(0.5)
+    )
+    assert len(chains.prepare(chains.path).ladder) == 1
 
 
 def test_path_weights_do_not_show_what_a_long_step_loses_and_leave_levels_uniform():

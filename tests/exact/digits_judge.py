@@ -40,9 +40,9 @@ def held_out(n=500, labels=None, seed=0):
     return chosen + SIGMA * rng.normal(size=chosen.shape)
 
 
-def ladder(potential, num_levels, widest=8.0):
-    """From where nothing but the Gaussian of the data is left, down to σ/α = SIGMA."""
-    start, end = (float(potential.schedule.time(-2 * np.log(s))) for s in (widest, SIGMA))
+def ladder(potential, num_levels, widest=8.0, finest=SIGMA):
+    """From where nothing but the Gaussian of the data is left, down to σ/α = ``finest``."""
+    start, end = (float(potential.schedule.time(-2 * np.log(s))) for s in (widest, finest))
     return lehr.Ladder.log_snr(potential.schedule, num_levels, t_min=end, t_max=start)
 
 

@@ -135,14 +135,13 @@ def test_the_classes_that_are_not_divided_out_stay_as_they_were(without_eights):
 def test_a_latent_label_has_the_masses_of_its_prior(digits):
     """Down to σ = .3, where normalisers are known to .15 nats: tenths come out between .085 and .115, and by chance
     .02 beside that, if a quarter of the particles is effective."""
-    start, end = (float(digits.schedule.time(-2 * jnp.log(s))) for s in (8.0, 0.3))
-    how = {"ladder": lehr.Ladder.log_snr(digits.schedule, 24, t_min=end, t_max=start), "num_particles": 1000}
 
     def any_digit():
         label = numpyro.sample("label", dist.Categorical(probs=jnp.ones(10) / 10))
         numpyro.sample("x", lehr.Diffusion(digits.given(label)))
 
-    smc = lehr.AnnealedSMC(any_digit, lehr.MALA(), num_steps=1, pilot=32, progress=False, **how)
+    levels = ladder(digits, 24, finest=0.3)
+    smc = lehr.AnnealedSMC(any_digit, lehr.MALA(), levels, num_steps=1, num_particles=1000, pilot=32, progress=False)
     run = smc.run(0)
     masses = np.bincount(smc.get_samples()["label"].ravel(), minlength=10) / 1000
     np.testing.assert_allclose(masses, 0.1, atol=0.015 + 3 * 0.02)

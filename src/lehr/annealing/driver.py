@@ -29,7 +29,6 @@ from lehr.annealing.program import Program, digest
 from lehr.annealing.progress import ProgressMeter, as_meter
 from lehr.annealing.run import Run, Trial, record
 from lehr.annealing.session import Session
-from lehr.annealing.spacing import interpolated, spaced
 from lehr.annealing.tuning import SHORT_SHARE, Tuning, smooth
 from lehr.annealing.weights import Weights, follow_path
 from lehr.kernels import HMC, Kernel
@@ -63,7 +62,6 @@ class Driver:
     thinning: int = 1
     threshold: float = 0.0
     num_islands: int = 1
-    _places_levels: bool = False  # whether a number of levels is placed by what the pilot saw
     _optional: tuple[str, ...] = ()  # functions of the path that the level loop itself does not need
 
     def __init__(
@@ -168,16 +166,19 @@ class Driver:
     def _program(self, path: Path, t_min: float | None) -> Program:
         kernel, weights = self._kernel(path), self.weights_of(path)
         path = self._checked(path, kernel, weights)
-        ladder = self.ladder
-        if not isinstance(ladder, Ladder) and self.tuning is not None and np.size(self.tuning.times) == ladder:
-            ladder = Ladder(self.tuning.times)
-        elif not isinstance(ladder, Ladder):
-            if t_min is None:
-                t_min = clean_end(path.schedule, float(_finest(*close(path, ("init", "widths")))))
-            ladder = Ladder.log_snr(path.schedule, ladder, t_min=t_min)
+        ladder = self.ladder if isinstance(self.ladder, Ladder) else self._levels(path, self.ladder, t_min)
         path = path.ending_at(np.asarray(ladder.times)[-1])
         plan = self._plan(path, kernel, weights)
         return Program.of(path, plan, ladder, *self._optional)
+
+    def _levels(self, path: Path, number: int, t_min: float | None) -> Ladder:
+        """So many levels: those that the tuning was found for, or uniform in log-SNR."""
+        known = None if self.tuning is None else self.tuning.times
+        if known is not None and len(known) == number:
+            return Ladder(known)
+        if t_min is None:
+            t_min = clean_end(path.schedule, float(_finest(*close(path, ("init", "widths")))))
+        return Ladder.log_snr(path.schedule, number, t_min=t_min)
 
     def rehearse(self, program: Program, rng_key: jax.Array, session: Session) -> tuple[Tuning, Trial | None]:
         """The steps to take, and the pilot pass that found them, if there was one, as a part of a session."""
@@ -203,10 +204,11 @@ class Driver:
             curvature=np.exp(smooth(np.log(trial.levels.curvature))),
             moves=trial.levels.moves,
         )
-        if self._places_levels and plan.weights != "path" and not isinstance(self.ladder, Ladder):
-            ladder = spaced(program.ladder, program.path.schedule, np.asarray(trial.levels.conditional_ess))
-            found = interpolated(found, program.path.schedule, program.ladder, ladder)
         return found, trial
+
+    def _placed(self, program: Program, tuning: Tuning, trial: Trial) -> tuple[Program, Tuning]:
+        """The program at the levels that the pilot asks for, and its tuning there: as they are, by default."""
+        return program, tuning
 
     @property
     def last_run(self) -> Run:
@@ -252,7 +254,8 @@ class Driver:
         with self.session(program, rng_key, resume, as_meter(self.progress)) as session:
             key_pilot, key_run = jax.random.split(rng_key)
             tuning, trial = self.rehearse(program, key_pilot, session)
-            program, tuning = program.at(tuning.times), tuning._replace(times=None)
+            if trial is not None:
+                program, tuning = self._placed(program, tuning, trial)
             plan = plan._replace(is_tuned=trial is not None or self.tuning is not None)
             state = program.anneal(plan, tuning, key_run, self.threshold, session, "run")
             result = program.outcome(plan, key_run, state)

@@ -19,13 +19,17 @@ from collections.abc import Callable
 from pathlib import Path as FilePath
 from typing import Any, Literal, Self
 
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from lehr.annealing.driver import Driver
 from lehr.annealing.ladder import Ladder, check_count
 from lehr.annealing.plan import Plan
 from lehr.annealing.predictors import Ancestral, Predictor
+from lehr.annealing.program import Program
 from lehr.annealing.progress import ProgressMeter
+from lehr.annealing.run import Trial
+from lehr.annealing.spacing import interpolated, spaced
 from lehr.annealing.tuning import Tuning
 from lehr.annealing.weights import WEIGHTS, Weights, follow_path
 from lehr.kernels import HMC, MALA, Kernel
@@ -157,8 +161,6 @@ class AnnealedSMC(Driver):
         Wu et al., Practical and asymptotically exact conditional sampling in diffusion models, NeurIPS 2023.
     """
 
-    _places_levels = True
-
     def __init__(
         self,
         model: Callable[..., Any] | Potential | Path,
@@ -228,6 +230,13 @@ class AnnealedSMC(Driver):
         for name in self._open - (set() if self.pilot else {"pilot"}):
             setattr(driver, name, ALONE[name])
         return driver
+
+    def _placed(self, program: Program, tuning: Tuning, trial: Trial) -> tuple[Program, Tuning]:
+        if isinstance(self.ladder, Ladder) or program.plan.weights == "path":
+            return program, tuning
+        schedule, before = program.path.schedule, program.ladder
+        after = spaced(before, schedule, np.asarray(trial.levels.conditional_ess))
+        return program._replace(ladder=after), interpolated(tuning, schedule, before, after)
 
     def _checked(self, path: Path, kernel: Kernel, weights: Weights | None) -> Path:
         if weights != "path":

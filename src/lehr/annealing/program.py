@@ -69,10 +69,6 @@ class Program(NamedTuple):
         swap = lambda tree: jax.tree.map(lambda leaf: places.get(id(leaf), leaf), tree)  # noqa: E731
         return self._replace(path=self.path.with_data(swap), constants=swap(self.constants))
 
-    def at(self, times: Any) -> Program:
-        """The same program at other levels of the same number and ends; at its own for None."""
-        return self if times is None else self._replace(ladder=Ladder(times))
-
     def is_like(self, other: Program) -> bool:
         """Whether the two compute the same, with the same data."""
         mine, theirs = (jax.tree.leaves((p.constants, p.ladder.times)) for p in (self, other))

@@ -20,7 +20,6 @@ References:
 
 from __future__ import annotations
 
-import jax
 import numpy as np
 
 from lehr.annealing.ladder import Ladder
@@ -71,12 +70,10 @@ def interpolated(tuning: Tuning, schedule: Schedule, before: Ladder, after: Ladd
     known, asked = (np.asarray(schedule.log_snr(ladder.times), np.float64) for ladder in (before, after))
 
     def between(values: np.ndarray) -> np.ndarray:
-        logs = np.log(np.asarray(values).reshape(known.size, -1))
-        return np.exp(np.stack([np.interp(asked, known, column) for column in logs.T], 1)).reshape(
-            -1, *np.shape(values)[1:]
-        )
+        logs = np.log(np.asarray(values))
+        return np.exp(np.apply_along_axis(lambda column: np.interp(asked, known, column), 0, logs))
 
     step_size, scale, curvature = (between(v) for v in (tuning.step_size, tuning.scale, tuning.curvature))
     nearest = np.abs(asked[:, None] - known).argmin(1)
-    moves = jax.tree.map(lambda m: np.asarray(m)[nearest], tuning.moves)
+    moves = np.asarray(tuning.moves)[nearest]
     return tuning._replace(step_size=step_size, scale=scale, curvature=curvature, moves=moves, times=after.times)
