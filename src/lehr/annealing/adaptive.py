@@ -29,11 +29,11 @@ from lehr.annealing.tuning import SHORT_SHARE, curvature, pooled_scale
 from lehr.annealing.weights import Weights, weigh
 from lehr.kernels import Kernel
 from lehr.programs.closure import Constants, Structure
-from lehr.programs.reverse import Level, evaluations
+from lehr.programs.reverse import Level, is_small
 
 __all__ = ["adaptive_times"]
 
-LONGEST = {True: 1.0, False: 0.5}  # False: by path weights without the covariance of x₀
+LONGEST, LONGEST_BY_PATH = 1.0, {True: 0.7, False: 0.5}  # True: with the covariance of x₀
 BISECTIONS = 9
 WARMUP = 3
 
@@ -62,7 +62,7 @@ def adaptive_times(
     schedule = path.schedule
     end, here = float(np.asarray(program.ladder.times)[-1]), noisy_end(schedule, t_max)
     finish = float(schedule.log_snr(end))
-    longest = LONGEST[plan.weights != "path" or evaluations(path) > 1]
+    longest = LONGEST_BY_PATH[is_small(path)] if plan.weights == "path" else LONGEST
     key = as_key(rng_key)
     log_step = jnp.log(jnp.asarray(plan.kernel.initial_step_size(program.dimension), float))
     times = [float(schedule.time(here))]

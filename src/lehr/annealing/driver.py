@@ -35,7 +35,7 @@ from lehr.kernels import HMC, Kernel
 from lehr.potentials.base import Potential
 from lehr.programs.closure import Constants, Structure, close
 from lehr.programs.path import Path
-from lehr.programs.reverse import evaluations
+from lehr.programs.reverse import is_small
 
 __all__ = ["Driver"]
 
@@ -305,7 +305,7 @@ class Driver:
         pilots = self.tuning is not None or (self.pilot > 0 and tunes)
         # Models alone move by path weights, which are then free of noise. Beside a likelihood they may stay, where
         # the covariance of x₀ is known: without it the ratio of densities is right along the proposal only.
-        may_stay = bool(pilots and path.other_sites) and evaluations(path) > 1
+        may_stay = bool(pilots and path.other_sites) and is_small(path)
         asks = self.predictor == "auto" and (weights == "energy" or (weights is not None and may_stay))
         predictor = (Ancestral() if pilots else None) if self.predictor == "auto" else self.predictor
         return Plan(

@@ -25,7 +25,7 @@ from lehr.annealing.plan import Plan
 from lehr.annealing.predictors import Ancestral, Departure
 from lehr.annealing.weights import Particles, overall
 from lehr.kernels.base import LogDensity
-from lehr.kernels.line_integral import PartlyKnown
+from lehr.kernels.line_integral import PartlyKnown, expected
 from lehr.programs.closure import Constants, Structure
 from lehr.programs.path import Position
 from lehr.programs.reverse import Level, ReverseStep, log_forward
@@ -103,9 +103,9 @@ class Entry:
             return self.structure.start_density(self.constants, chain.position, t) - chain.logdensity
 
         def on() -> jax.Array:
-            gradient = self.plan.kernel.gradient(chain)
-            step: ReverseStep = self.structure.reverse_step(self.constants, chain.position, gradient, t_from, t)
-            return step.log_stay + self._others(chain.position, t) - self._others(chain.position, t_from)
+            step = self._reverse_step(chain, t_from, t)
+            by_path = step.log_stay + self._correction(chain, fresh, t_from, t)
+            return by_path + self._others(chain.position, t) - self._others(chain.position, t_from)
 
         by_path = jax.lax.cond(k == 0, start, on)
         return fresh, self._gained(fresh, by_energy, by_path), by_energy - by_path
@@ -121,6 +121,7 @@ class Entry:
         by_energy = fresh.logdensity - chain.logdensity + log_energy
         if not self.plan.follows_path:
             return fresh, by_energy, jnp.zeros(())
+        log_path += self._correction(chain, fresh, t_from, t)
         by_path = log_path + self._others(position, t) - self._others(chain.position, t_from)
         return fresh, self._gained(fresh, by_energy, by_path), by_energy - by_path
 
@@ -138,9 +139,7 @@ class Entry:
         if plan.follows_path:
             t_from, t = self.times[before], self.times[k]
             x_noisy, put = self._split(chain.position)
-            step: ReverseStep = self.structure.reverse_step(
-                self.constants, chain.position, plan.kernel.gradient(chain), t_from, t
-            )
+            step = self._reverse_step(chain, t_from, t)
             x, log_path, log_proposal = step.draw(rng_key)
             log_noising = log_forward(x, x_noisy, self._level(before), self._level(k))
             return put(x), log_noising - log_proposal, log_path
@@ -155,6 +154,19 @@ class Entry:
             return put(x), log_forward(x, start.x, start.noisy, start.clean) - log_proposal, jnp.zeros(())
         assert plan.predictor is not None
         return put(plan.predictor.move(rng_key, start)), jnp.zeros(()), jnp.zeros(())
+
+    def _reverse_step(self, chain: Any, t_from: jax.Array, t: jax.Array) -> ReverseStep:
+        behind, position = expected(chain), chain.position
+        if behind is None:
+            behind = self.structure.expect(self.constants, position, t_from)
+        gradient = self.plan.kernel.gradient(chain)
+        return self.structure.reverse_step(self.constants, position, behind, gradient, t_from, t)
+
+    def _correction(self, chain: Any, fresh: Any, t_from: jax.Array, t: jax.Array) -> jax.Array:
+        """What the ratio of a reverse step lacks, where it is known of both its ends."""
+        if expected(chain) is None or "correction" not in self.structure:
+            return jnp.zeros(())
+        return self.structure.correction(self.constants, expected(chain), fresh.position, expected(fresh), t_from, t)
 
     def _departure(self, chain: Any, before: jax.Array, k: jax.Array) -> tuple[Departure, Any]:
         """Where a predictor starts from, and how to put what it returns in the place of x."""
@@ -202,4 +214,8 @@ def target_at(structure: Structure, constants: Constants, t: jax.Array) -> LogDe
 
     if "unknown" not in structure:
         return known
-    return PartlyKnown(known, lambda position: structure.unknown(constants, position, t))
+
+    def of(name: str) -> Any:
+        return lambda position: getattr(structure, name)(constants, position, t)
+
+    return PartlyKnown(known, of("unknown"), *(of(name) if name in structure else None for name in ("expect", "bend")))

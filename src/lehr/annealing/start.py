@@ -9,10 +9,12 @@ chains do not: their first weight is log π less the density of the start, which
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from lehr.annealing.entry import target_at
 from lehr.annealing.keys import per_chain
 from lehr.annealing.plan import Plan
 from lehr.annealing.weights import Particles
@@ -36,8 +38,14 @@ def begin(structure: Structure, plan: Plan, constants: Constants, t: jax.Array, 
     n = plan.num_chains
     keys = per_chain(rng_key, n)
     start, log_start = plan.layout.over(_starter(structure, plan, constants, t))(keys)
-    nowhere = PartlyKnown(*[lambda _: jnp.zeros(())] * 2)
-    chains = jax.vmap(lambda key, q: plan.kernel.init(key, q, nowhere))(keys, start)
+    nowhere, there = PartlyKnown(*[lambda _: jnp.zeros(())] * 2), target_at(structure, constants, t)
+
+    def chain(key: jax.Array, position: Position) -> Any:
+        state = plan.kernel.init(key, position, nowhere)
+        unasked = jax.eval_shape(lambda q: plan.kernel.init(key, q, there), position).logdensity_grad
+        return state._replace(logdensity_grad=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), unasked))
+
+    chains = jax.vmap(chain)(keys, start)
     chains = chains._replace(logdensity=log_start)  # what the first weight compares with
     islands = plan.num_islands
     zeros = jnp.zeros(islands)

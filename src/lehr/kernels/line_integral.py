@@ -12,8 +12,14 @@ balance needs, and with the ends among the nodes, whose scores the integrator ha
     nodes           2     3     4     5
     extra calls     0     1     2     3     for each leapfrog step
 
-Two nodes are nearly useless: kick and trapezoid cancel, and the log acceptance becomes
-(ε²/8) (|s(x_0)|² − |s(x_L)|²) whatever lies between. Three is Simpson's rule, the default.
+Where the derivative H of the score is known at the ends as well (:class:`PartlyKnown`), they
+alone do as well as three nodes, by Hermite's rule on a segment u,
+
+    ∫ ⟨s, dx⟩ ≈ ½ uᵀ(s_0 + s_1) − (1/12) uᵀ(H_1 − H_0) u,
+
+and a derivative counts as the call it saves. Two nodes without it are nearly useless: kick and
+trapezoid cancel, and the log acceptance becomes (ε²/8) (|s(x_0)|² − |s(x_L)|²) whatever lies
+between. Three is Simpson's rule, the default.
 
 Where part of the log density is known (a likelihood, a prior, an energy among the factors)
 that part enters the test exactly, and only the rest is integrated. The ledger starts each
@@ -39,7 +45,7 @@ from jax.flatten_util import ravel_pytree
 
 from lehr.kernels.base import LogDensity
 
-__all__ = ["NODES", "PartlyKnown", "ScoreGradient", "closed_loop", "line_integral", "refreshed", "reset"]
+__all__ = ["NODES", "PartlyKnown", "ScoreGradient", "closed_loop", "expected", "line_integral", "refreshed", "reset"]
 
 # Nodes in [0, 1] and weights of Lobatto's rules.
 _ROOT_5, _ROOT_21 = np.sqrt(1 / 5), np.sqrt(3 / 7)
@@ -59,10 +65,18 @@ class PartlyKnown:
     Args:
         known: that function.
         unknown: a function whose gradient is that of the rest, and whose value means nothing.
+        expect: what else is to be known of a position before it is left, for whoever asks :func:`expected`.
+        bend: the second derivatives of the rest, (D, D) over a flat position.
     """
 
-    def __init__(self, known: LogDensity, unknown: LogDensity) -> None:
-        self.known, self.unknown = known, unknown
+    def __init__(
+        self,
+        known: LogDensity,
+        unknown: LogDensity,
+        expect: Callable[[Any], Any] | None = None,
+        bend: Callable[[Any], jax.Array] | None = None,
+    ) -> None:
+        self.known, self.unknown, self.expect, self.bend = known, unknown, expect, bend
 
     def __call__(self, position: Any) -> jax.Array:
         return self.known(position)
@@ -75,18 +89,30 @@ class ScoreGradient(NamedTuple):
         whole: the gradient of the whole log density.
         unknown: that of the part without a value.
         known: the value of the other part.
+        expected: what the target expects of the position; None where it was not asked to.
+        bend: the second derivatives of the part without a value; None where they are not known.
     """
 
     whole: Any
     unknown: Any
     known: jax.Array
+    expected: Any = None
+    bend: jax.Array | None = None
 
 
 def refreshed(position: Any, logdensity_fn: PartlyKnown) -> tuple[jax.Array, ScoreGradient]:
     """The ledger and the gradients that a transition starts from."""
     known, whole = jax.value_and_grad(logdensity_fn.known)(position)
     unknown = jax.grad(logdensity_fn.unknown)(position)  # the same network call; XLA makes it once
-    return known, ScoreGradient(whole, unknown, known)
+    expected = logdensity_fn.expect(position) if logdensity_fn.expect else None
+    bend = logdensity_fn.bend(position) if logdensity_fn.bend else None
+    return known, ScoreGradient(whole, unknown, known, expected, bend)
+
+
+def expected(state: Any) -> Any:
+    """What the target expects of the state's position, or None where that is not kept."""
+    gradient = state.logdensity_grad
+    return gradient.expected if isinstance(gradient, ScoreGradient) else None
 
 
 def reset(state: Any) -> Any:
@@ -102,12 +128,14 @@ def line_integral(num_nodes: int = 3) -> Callable[..., Any]:
     does that.
 
     Args:
-        num_nodes: of Lobatto's rule on each position update, 2 to 5.
+        num_nodes: of Lobatto's rule on each position update, 2 to 5; for 3, Hermite's stands in where the score's
+            derivatives are known.
     """
-    nodes, weights = NODES[num_nodes]
 
     def integrator(logdensity_fn: PartlyKnown, kinetic_energy_fn: Callable[..., jax.Array]) -> Any:
         velocity, score = jax.grad(kinetic_energy_fn), jax.grad(logdensity_fn.unknown)
+        bends = num_nodes == 3 and logdensity_fn.bend is not None
+        nodes, weights = NODES[2 if bends else num_nodes]
 
         def one_step(state: IntegratorState, step_size: jax.Array) -> IntegratorState:
             q, old = state.position, state.logdensity_grad
@@ -117,6 +145,9 @@ def line_integral(num_nodes: int = 3) -> Callable[..., Any]:
             known, new = refreshed(end, logdensity_fn)
             within = [score(_along(q, v, u * step_size)) for u in nodes[1:-1]]
             integral = sum(w * _dot(s, v) for w, s in zip(weights, [old.unknown, *within, new.unknown], strict=True))
+            if bends:
+                u = ravel_pytree(v)[0]
+                integral -= step_size * jnp.dot(u, (new.bend - old.bend) @ u) / 12
             ledger = state.logdensity + known - old.known + step_size * integral
             return IntegratorState(end, _along(p, new.whole, step_size / 2), ledger, new)
 

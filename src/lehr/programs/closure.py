@@ -25,7 +25,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 from lehr.programs.path import Path
-from lehr.programs.reverse import reverse_step, start_density
+from lehr.programs.reverse import correction, expect, reverse_step, start_density
 
 __all__ = ["ALWAYS", "Constants", "Structure", "close"]
 
@@ -67,15 +67,17 @@ def close(path: Path, names: Iterable[str] = ALWAYS) -> tuple[Structure, Constan
 
     Args:
         path: bound.
-        names: the functions to trace: those of :data:`ALWAYS`, and ``"unknown"``, ``"others"``, ``"copies"``,
-            ``"moments"``, ``"reverse_step"``, ``"start_density"``.
+        names: the functions to trace: those of :data:`ALWAYS`, and ``"unknown"``, ``"bend"``, ``"others"``,
+            ``"copies"``, ``"moments"``, ``"expect"``, ``"reverse_step"``, ``"correction"``, ``"start_density"``.
     """
     key, t = jax.random.key(0), jax.numpy.ones(())
     position = jax.eval_shape(path.init, key, t)
     functions: dict[str, Callable[..., Any]] = {}
     constants: dict[str, list[Any]] = {}
     digest = hashlib.sha256()
-    signatures = _signatures(path, position, key, t)
+    names = list(names)
+    expected = jax.eval_shape(functools.partial(expect, path), position, t) if "expect" in names else None
+    signatures = _signatures(path, position, key, t, expected)
     for name in names:
         function, arguments = signatures[name]
         traced, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
@@ -91,7 +93,9 @@ def close(path: Path, names: Iterable[str] = ALWAYS) -> tuple[Structure, Constan
     return Structure(functions, path.diffusion_sites, digest.hexdigest()), constants
 
 
-def _signatures(path: Path, position: Any, key: Any, t: Any) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+def _signatures(
+    path: Path, position: Any, key: Any, t: Any, expected: Any
+) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     return {
         "log_density": (path.surrogate, (position, t)),
         "init": (path.init, (key, t)),
@@ -101,7 +105,10 @@ def _signatures(path: Path, position: Any, key: Any, t: Any) -> dict[str, tuple[
         "others": (path.others, (position, t)),
         "copies": (path.copies, (position, t)),
         "moments": (path.moments, (position, t)),
-        "reverse_step": (functools.partial(reverse_step, path), (position, position, t, t)),
+        "bend": (path.bend, (position, t)),
+        "expect": (functools.partial(expect, path), (position, t)),
+        "reverse_step": (functools.partial(reverse_step, path), (position, expected, position, t, t)),
+        "correction": (functools.partial(correction, path), (expected, position, expected, t, t)),
         "start_density": (functools.partial(start_density, path), (position, t)),
     }
 

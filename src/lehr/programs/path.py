@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 from numpy.typing import ArrayLike
 from numpyro import handlers
 from numpyro.distributions import MaskedDistribution
@@ -40,6 +41,13 @@ from lehr.programs.reading import known, unknown
 __all__ = ["Path", "Position", "total_log_prob"]
 
 Guidances = Guidance | Mapping[str, Guidance] | Mapping[str | None, Guidance]
+
+
+def _unasked(x: Position) -> Position:
+    raise TypeError(
+        "a guidance strategy with uses_score = False asked for the denoiser, and so for a score. Set "
+        "uses_score = True, or read noisy.x only."
+    )
 
 
 class Path(Binding):
@@ -132,17 +140,38 @@ class Path(Binding):
 
         if not self.other_sites:
             return models(x)
+        if not any(strategy.uses_score for strategy in self._strategies):
+            return models(x) + self._read(self._noisy(position, x, t), self._strategies)
+        value, score = jax.value_and_grad(models)(x)
+        noisy = self._noisy(position, x, t, jax.grad(models), score)
+        return value + self._read(noisy, self._strategies)
+
+    def aside(self, position: Position, t: ArrayLike) -> jax.Array | None:
+        """The part of log π_t that reads x_t without asking the models for a score; None if there is none."""
+        strategies = {strategy: names for strategy, names in self._strategies.items() if not strategy.uses_score}
+        if not strategies:
+            return None
+        x = {name: position[name] for name in self.diffusion_sites}
+        return self._read(self._noisy(position, x, check_time(t)), strategies)
+
+    def _noisy(
+        self,
+        position: Position,
+        x: Position,
+        t: jax.Array,
+        score: Callable[[Position], Position] = _unasked,
+        here: Position | None = None,
+    ) -> Noisy:
+        """What a strategy is shown of level t, given the models' score, and what that is here; without, x_t itself
+        is in the place of what is denoised."""
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         at_end = t <= self.end
         share = jnp.where(at_end, 1.0, alpha**2 / (alpha**2 + sigma**2))
         scale = jnp.where(at_end, 1.0, jnp.maximum(alpha, TINY))
-        uses_score = any(g.uses_score for g in self._strategies)
-        value, score = jax.value_and_grad(models)(x) if uses_score else (models(x), None)
-        copies = self.copies(position, t) if uses_score else jax.tree.map(jnp.ones_like, x)
+        copies = jax.tree.map(jnp.ones_like, x) if here is None else self.copies(position, t)
         gain = {k: jnp.where(at_end, 0.0, sigma**2 / jnp.where(w > 0, w, 1.0) / scale) for k, w in copies.items()}
 
-        def denoise(x: Position, score: Position | None = None) -> Position:
-            score = jax.grad(models)(x) if score is None else score
+        def moved(x: Position, score: Position) -> Position:
             return {k: x[k] / scale + gain[k] * score[k] for k in x}
 
         def sites(x: Position, t: jax.Array) -> list[Site]:
@@ -152,13 +181,13 @@ class Path(Binding):
             sites = list(sites)
             return total_log_prob(sites) + self.log_jacobian(sites, position)
 
-        denoised = denoise(x, score) if uses_score else x
-        return value + self._read(Noisy(x, denoised, denoise, gain, share, t, self.end, sites, log_prob))
+        denoised = x if here is None else moved(x, here)
+        return Noisy(x, denoised, lambda x: moved(x, score(x)), gain, share, t, self.end, sites, log_prob)
 
-    def _read(self, noisy: Noisy) -> jax.Array:
+    def _read(self, noisy: Noisy, strategies: Mapping[Guidance, set[str]]) -> jax.Array:
         """Σ over the ordinary sites, each weighed as its strategy has it."""
         total = jnp.zeros(())
-        for strategy, names in self._strategies.items():
+        for strategy, names in strategies.items():
 
             def sites(x: Position, t: jax.Array, names: set[str] = names) -> list[Site]:
                 return [site for site in noisy.sites(x, t) if site["name"] in names]
@@ -173,6 +202,12 @@ class Path(Binding):
         sites = self.trace(position, x, check_time(t))
         factors = (site for site in sites if diffusions(site["fn"]))
         return total_log_prob(site | {"fn": unknown(site["fn"], self.forgets)} for site in factors)
+
+    def bend(self, position: Position, t: ArrayLike) -> jax.Array:
+        """The second derivatives of that part, (D, D) over all of a position, flat."""
+        flat, unravel = ravel_pytree(position)
+        slope = jax.grad(lambda q: self.unknown(unravel(q), t))
+        return jax.jacfwd(slope)(flat)
 
     def others(self, position: Position, t: ArrayLike) -> jax.Array:
         """The part of log π_t that no diffusion model has a share in: log p(θ) + log L(y | x̂₀, θ)."""

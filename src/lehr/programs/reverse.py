@@ -10,6 +10,19 @@ By Bayes' rule p_t(x)/p_t'(x') = r_i(x | x')/f(x' | x): the score alone gives a 
 between two levels, the one thing that weights need. It is exact for Gaussians and as steps shrink;
 without C_i (the usual form) it is of first order in the step only.
 
+Where the derivatives of x̂₀ᵢ are known at x too, they tell how far the ratio is off there. Its
+logarithm errs by some e_i(x), of which ∇e_i and ∇²e_i are known: those of log p_t less those of
+log r_i/f. By Edgeworth's series around r_i, of mean m and covariance S, with the third cumulant κ
+of x in units of S,
+
+    e_i = κ·H₃/6 + (fourth cumulant)·H₄/24 − ‖κ‖²/12 + ...,
+
+H_n the Hermite polynomials, the first of which outweighs the rest and averages out, while the
+constant adds up along the way. H_n is an eigenfunction of uᵀ∇ − tr(S∇²), of eigenvalue n, and
+‖κ‖² is what tr((S∇²e_i)²) is on average. So the *correction* is
+
+    e_i(x) ≈ ⅓ (uᵀ∇e_i − tr(S∇²e_i)) − (1/12) tr((S∇²e_i)²),   u = x − m.
+
 For a path with factors p_i^{w_i} the target ratio is Π (r_i/f)^{w_i}, and the backward kernel of the
 extended target is f, so that a proposal K has the incremental weight
 
@@ -17,13 +30,16 @@ extended target is f, so that a proposal K has the incremental weight
 
 All of r_i and f being Gaussian, so is G = f Π (r_i/f)^{w_i} as a function of x. K is G, normalised:
 then the weight does not depend on where x falls, and is ∫ G dx. Where there is a likelihood, K
-is moved along its gradient, by no more than a few of its own standard deviations.
+is moved along its gradient at x', by no more than a few of its own standard deviations. A
+likelihood that reads x_t without asking the models (a strategy with ``uses_score = False``) can be
+looked at anywhere: K is then Laplace's approximation of G L_t, its precision at most twice that
+of G, so that weights keep a variance.
 
 The ratio holds for any pair of points, so a chain may also stay where it is, x = x', and gain
 Π (r_i/f)^{w_i} there.
 
-The covariance costs one derivative of the denoiser for each coordinate of an event. It is used for events of up
-to :data:`SMALL` numbers.
+The covariance costs one derivative of the denoiser for each coordinate of an event, and is counted as one more
+evaluation. It is used for events of up to :data:`SMALL` numbers.
 
 References:
     Wu, Trippe, Naesseth, Blei & Cunningham, Practical and asymptotically exact conditional sampling in
@@ -33,7 +49,9 @@ References:
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -42,17 +60,21 @@ from jax.flatten_util import ravel_pytree
 from jax.scipy.stats import norm
 from numpy.typing import ArrayLike
 
-from lehr.potentials.base import Potential
 from lehr.potentials.product import factors
 from lehr.predictions import TINY
 from lehr.programs.diffusion import Diffusion, diffusions, map_diffusions
 from lehr.programs.path import Path, Position, total_log_prob
 from lehr.schedules import Schedule
 
-__all__ = ["SMALL", "Level", "ReverseStep", "evaluations", "log_forward", "lost_share", "reverse_step", "start_density"]
+__all__ = [
+    "SMALL", "Expected", "Level", "ReverseStep", "correction", "expect", "is_small", "log_forward", "lost_share",
+    "reverse_step", "start_density",
+]  # fmt: skip
 
 SMALL = 16
 LARGEST_SHIFT = 3.0  # by which a likelihood may move a proposal, in its standard deviations
+LARGEST_CORRECTION = 1.0  # of a factor's log ratio, in nats: more than that is no correction
+NEWTON_STEPS = 2
 
 
 class Level(NamedTuple):
@@ -68,25 +90,45 @@ class Level(NamedTuple):
         return cls(*(jnp.broadcast_to(f(t), t.shape) for f in (schedule.alpha, schedule.sigma, schedule.log_snr)))
 
 
-class ReverseStep(NamedTuple):
-    """A proposal for all of x at the cleaner level, flat: mean + root · (noise + shift).
+class Expected(NamedTuple):
+    """What one factor of a potential expects behind a noisy event, or the part of it that it sees.
 
     Attributes:
+        x: what it sees.
+        mean: x̂₀, shaped as that.
+        covariance: C, flat; None for large events.
+    """
+
+    x: jax.Array
+    mean: jax.Array
+    covariance: jax.Array | None
+
+
+class ReverseStep(NamedTuple):
+    """A proposal for all of x at the cleaner level, flat: mean + root · (narrow · noise + shift).
+
+    Attributes:
+        x_noisy: where it starts, shape (D,).
         mean: of K without the likelihood, shape (D,).
         root: the symmetric square root of its covariance, which unlike others is a smooth function of it: (D, D), or
             (D,) where it is diagonal.
         log_det: the logarithm of its determinant.
         shift: by which the likelihood moves it, in units of ``root``, shape (D,).
+        narrow: what the likelihood makes of a unit of noise, laid out as ``root``.
+        log_narrow: the logarithm of its determinant.
         log_weight: log ∫ G dx.
         log_stay: log Π (r_i/f)^{w_i} for a chain that stays where it is: the change of log density there.
         excess: what had to be added to the precision of G to make a density of it, laid out as ``root``:
             zeros, but for powers and contrasts that are none.
     """
 
+    x_noisy: jax.Array
     mean: jax.Array
     root: jax.Array
     log_det: jax.Array
     shift: jax.Array
+    narrow: jax.Array
+    log_narrow: jax.Array
     log_weight: jax.Array
     log_stay: jax.Array
     excess: jax.Array
@@ -94,63 +136,97 @@ class ReverseStep(NamedTuple):
     def draw(self, rng_key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x, flat, and log G(x) − log K(x), and log K(x)."""
         noise = jax.random.normal(rng_key, self.mean.shape)
-        moved = noise + self.shift
+        moved = _times(self.narrow, noise) + self.shift
         x = self.mean + _times(self.root, moved)
-        log_ratio = self.log_weight + (jnp.sum(noise**2 - moved**2) + jnp.dot(x, _times(self.excess, x))) / 2
-        return x, log_ratio, jnp.sum(norm.logpdf(noise)) - self.log_det
+        away = x - self.x_noisy
+        log_ratio = self.log_weight + (jnp.sum(noise**2 - moved**2) + jnp.dot(away, _times(self.excess, away))) / 2
+        return x, log_ratio + self.log_narrow, jnp.sum(norm.logpdf(noise)) - self.log_det - self.log_narrow
 
 
-def evaluations(path: Path) -> int:
-    """What one reverse step costs, in evaluations: the denoiser, and its derivatives where they are used."""
-    return 1 + (_size(path) if _size(path) <= SMALL else 0)
+def is_small(path: Path) -> bool:
+    """Whether x is small enough for covariances."""
+    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(path.origin))) <= SMALL
 
 
-def reverse_step(path: Path, position: Position, gradient: Position, t_from: ArrayLike, t_to: ArrayLike) -> ReverseStep:
+def expect(path: Path, position: Position, t: ArrayLike) -> dict[str, list[Expected]]:
+    """What the factors of each ``Diffusion`` site expect behind x at level t: the one call of the networks that a
+    reverse step from there needs."""
+    noisy, small = Level.of(path.schedule, t), is_small(path)
+    return _by_event(path, position, t, lambda d, x: [_expect(f, x, t, noisy, small) for f in factors(d.potential)])
+
+
+def reverse_step(
+    path: Path,
+    position: Position,
+    expected: dict[str, list[Expected]],
+    gradient: Position,
+    t_from: ArrayLike,
+    t_to: ArrayLike,
+) -> ReverseStep:
     """The proposal for x at ``t_to``, from a position at ``t_from``.
 
     Args:
         path: bound, of diffusion models.
         position: the whole of it, at ``t_from``.
-        gradient: ∇ log π there; used for what the likelihood adds to the models' own.
+        expected: behind it.
+        gradient: ∇ log π there; used for what a likelihood that asks the models adds to their own.
         t_from: the noisier level.
         t_to: the cleaner level.
     """
     noisy, clean = Level.of(path.schedule, t_from), Level.of(path.schedule, t_to)
-    x = {name: position[name] for name in path.diffusion_sites}
-    flat, unravel = ravel_pytree(x)
-    with_covariance = _size(path) <= SMALL
-
-    expected = {
-        site["name"]: _over_events(site, lambda d, v: _expect(d.potential, v, t_from, noisy, with_covariance))
-        for site in path.trace(position, x, t_from)
-        if diffusions(site["fn"])
-    }
+    flat, unravel = ravel_pytree({name: position[name] for name in path.diffusion_sites})
+    kernels = _by_event(path, position, t_to, lambda d, x, es: [_reverse_kernel(e, noisy, clean) for e in es], expected)
 
     def log_g(to: jax.Array) -> jax.Array:
-        sites = path.trace(position, unravel(to), t_to)
-        ratios = total_log_prob(
-            site | {"fn": map_diffusions(lambda d: _Ratio(d, expected[site["name"]], noisy, clean), site["fn"])}  # noqa: B023
-            for site in sites
-            if diffusions(site["fn"])
-        )
+        ratios = _over_factors(path, position | unravel(to), t_to, kernels, lambda x, r: r.log_ratio(x, noisy, clean))
         return ratios + log_forward(to, flat, noisy, clean)
 
-    origin = jnp.zeros_like(flat)
-    constant, slope = jax.value_and_grad(log_g)(origin)
+    constant, slope = jax.value_and_grad(log_g)(flat)  # about x', where no term is larger than what counts
     least = 1e-3 / (clean.sigma**2 * lost_share(noisy, clean))  # a power or a contrast may leave no density
-    if with_covariance:
-        bare, vectors = jnp.linalg.eigh(-jax.hessian(log_g)(origin))
+    if is_small(path):
+        bare, vectors = jnp.linalg.eigh(-jax.hessian(log_g)(flat))
         values = jnp.maximum(bare, least)
         root, excess = ((vectors * c) @ vectors.T for c in (values**-0.5, values - bare))
     else:
-        bare = slope - jax.grad(log_g)(jnp.ones_like(flat))
+        bare = slope - jax.grad(log_g)(flat + 1)
         values = jnp.maximum(bare, least)
         root, excess = values**-0.5, values - bare
-    mean, log_det = _times(root, _times(root, slope)), jnp.sum(jnp.log(values))
-    log_weight = constant + jnp.dot(slope, mean) / 2 + (flat.size * math.log(2 * math.pi) - log_det) / 2
-    shift = _shift(path, position, gradient, root, t_from, noisy, clean)
-    log_stay = log_g(flat) - log_forward(flat, flat, noisy, clean)
-    return ReverseStep(mean, root, -log_det / 2, shift, log_weight, log_stay, excess)
+    ahead, log_det = _times(root, _times(root, slope)), jnp.sum(jnp.log(values))
+    mean = flat + ahead
+    log_weight = constant + jnp.dot(slope, ahead) / 2 + (flat.size * math.log(2 * math.pi) - log_det) / 2
+    pull = _pull(path, position, gradient, t_from, noisy, clean)
+    shift, narrow, log_narrow = _towards(
+        lambda w: path.aside(position | unravel(mean + _times(root, w)), t_to), _times(root, pull), root
+    )
+    log_stay = constant - log_forward(flat, flat, noisy, clean)
+    return ReverseStep(flat, mean, root, -log_det / 2, shift, narrow, log_narrow, log_weight, log_stay, excess)
+
+
+def correction(
+    path: Path,
+    expected_from: dict[str, list[Expected]],
+    position: Position,
+    expected: dict[str, list[Expected]],
+    t_from: ArrayLike,
+    t_to: ArrayLike,
+) -> jax.Array:
+    """By how much log Π (r_i/f)^{w_i} falls short at a position; for small events.
+
+    Args:
+        path: bound, of diffusion models.
+        expected_from: behind the position at ``t_from`` that the step began at.
+        position: where it ended, at ``t_to``.
+        expected: behind that.
+        t_from: the noisier level.
+        t_to: the cleaner level.
+    """
+    noisy, clean = Level.of(path.schedule, t_from), Level.of(path.schedule, t_to)
+    pairs = jax.tree.map(lambda *pair: pair, expected_from, expected, is_leaf=lambda e: isinstance(e, Expected))
+
+    def shortfall(x: jax.Array, pair: tuple[Expected, Expected]) -> jax.Array:
+        return _shortfall(_reverse_kernel(pair[0], noisy, clean), pair[1], noisy, clean)
+
+    return _over_factors(path, position, t_to, pairs, shortfall)
 
 
 def start_density(path: Path, position: Position, t: ArrayLike) -> jax.Array:
@@ -159,10 +235,6 @@ def start_density(path: Path, position: Position, t: ArrayLike) -> jax.Array:
     sites = [site for site in path.trace(position, x, t) if diffusions(site["fn"])]
     gaussians = total_log_prob(site | {"fn": map_diffusions(_Gaussians, site["fn"])} for site in sites)
     return gaussians + (path.others(position, t) if path.other_sites else 0.0)
-
-
-def _size(path: Path) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(path.origin)))
 
 
 def lost_share(noisy: Level, clean: Level) -> jax.Array:
@@ -176,60 +248,89 @@ def log_forward(x: jax.Array, x_noisy: jax.Array, noisy: Level, clean: Level) ->
     return jnp.sum(norm.logpdf(x_noisy, noisy.alpha / clean.alpha * x, std))
 
 
-class _Expected(NamedTuple):
-    """What one factor of a potential expects behind the noisy event, or the part of it, that it sees."""
+class _ReverseKernel(NamedTuple):
+    """r_i: its mean, the eigenvalues of its covariance and their axes (None where it is diagonal), flat; and x'."""
 
-    x_noisy: jax.Array
     mean: jax.Array
-    variances: jax.Array | None  # eigenvalues of C_i
-    axes: jax.Array | None  # and its eigenvectors
+    variances: jax.Array
+    axes: jax.Array | None
+    x_noisy: jax.Array
+
+    def log_ratio(self, x: jax.Array, noisy: Level, clean: Level) -> jax.Array:
+        """log r_i(x | x')/f(x' | x)."""
+        away = x.reshape(-1) - self.mean
+        away = away if self.axes is None else self.axes.T @ away
+        std = jnp.sqrt(self.variances)
+        log_reverse = jnp.sum(norm.logpdf(away / std) - jnp.log(std))
+        return log_reverse - log_forward(x.reshape(-1), self.x_noisy, noisy, clean)
 
 
-def _expect(potential: Potential, x: jax.Array, t: ArrayLike, noisy: Level, with_covariance: bool) -> list[_Expected]:
-    return [_expect_one(f.potential, x[f.slices], t, noisy, with_covariance) for f in factors(potential)]
-
-
-def _expect_one(p: Potential, x: jax.Array, t: ArrayLike, noisy: Level, with_covariance: bool) -> _Expected:
-    mean = p.denoise(x, t)
+def _expect(factor: Any, x: jax.Array, t: ArrayLike, noisy: Level, with_covariance: bool) -> Expected:
+    p, seen = factor.potential, x[factor.slices]
+    mean = p.denoise(seen, t)
     if not with_covariance:
-        return _Expected(x, mean, None, None)
-    slope = jax.jacfwd(lambda v: p.denoise(v.reshape(x.shape), t).reshape(-1))(x.reshape(-1))
-    covariance = noisy.sigma**2 / jnp.maximum(noisy.alpha, TINY) * (slope + slope.mT) / 2
-    variances, axes = jnp.linalg.eigh(covariance)
-    return _Expected(x, mean, jnp.maximum(variances, 0.0), axes)
+        return Expected(seen, mean, None)
+    slope = jax.jacfwd(lambda v: p.denoise(v.reshape(seen.shape), t).reshape(-1))(seen.reshape(-1))
+    return Expected(seen, mean, noisy.sigma**2 / jnp.maximum(noisy.alpha, TINY) * (slope + slope.mT) / 2)
 
 
-class _Ratio(Diffusion):
-    """A Diffusion whose log_prob is Σ w_i log(r_i/f), given what its factors expect."""
+def _reverse_kernel(e: Expected, noisy: Level, clean: Level) -> _ReverseKernel:
+    delta = lost_share(noisy, clean)
+    kept = clean.sigma / noisy.sigma * jnp.exp((noisy.log_snr - clean.log_snr) / 2)
+    x_noisy = e.x.reshape(-1)
+    mean = kept * x_noisy + clean.alpha * delta * e.mean.reshape(-1)
+    variances, axes = clean.sigma**2 * delta * jnp.ones_like(mean), None
+    if e.covariance is not None:
+        spread, axes = jnp.linalg.eigh(e.covariance)
+        variances += (clean.alpha * delta) ** 2 * jnp.maximum(spread, 0.0)
+    return _ReverseKernel(mean, variances, axes, x_noisy)
 
-    def __init__(self, site: Diffusion, expected: list[_Expected], noisy: Level, clean: Level) -> None:
+
+def _shortfall(r: _ReverseKernel, to: Expected, noisy: Level, clean: Level) -> jax.Array:
+    """What log r_i/f lacks, by the derivatives of its error at x."""
+    assert r.axes is not None
+    assert to.covariance is not None
+    x, forward = to.x.reshape(-1), noisy.sigma**2 * lost_share(noisy, clean)
+    kept = noisy.alpha / clean.alpha
+    score = (clean.alpha * to.mean.reshape(-1) - x) / clean.sigma**2
+    bend = ((clean.alpha / clean.sigma) ** 2 * to.covariance - jnp.eye(x.size)) / clean.sigma**2
+    away, precision = x - r.mean, (r.axes / r.variances) @ r.axes.T
+    slope = score + precision @ away + kept * (r.x_noisy - kept * x) / forward
+    bend = bend + precision - kept**2 / forward * jnp.eye(x.size)
+    relative = (r.axes * r.variances) @ r.axes.T @ bend
+    lacks = (away @ slope - jnp.trace(relative)) / 3 - jnp.sum(relative * relative.T) / 12
+    return jnp.clip(jnp.nan_to_num(lacks), -LARGEST_CORRECTION, LARGEST_CORRECTION)
+
+
+class _Terms(Diffusion):
+    """A Diffusion whose log_prob is Σ w_i term(x as factor i sees it, what is known of factor i)."""
+
+    def __init__(self, site: Diffusion, known: list[Any], term: Callable[[jax.Array, Any], jax.Array]) -> None:
         super().__init__(site.potential, site.bound_level())
-        self.expected, self.noisy, self.clean = expected, noisy, clean
+        self.known, self.term = known, term
 
     def log_prob(self, value: ArrayLike, intermediates: Any = None) -> jax.Array:
         value = jnp.asarray(value)
 
-        def ratio(x: jax.Array, expected: list[_Expected]) -> jax.Array:
-            pairs = zip(factors(self.potential), expected, strict=True)
-            terms = [f.weight * _log_ratio(x[f.slices], e, self.noisy, self.clean) for f, e in pairs]
-            return sum(terms, jnp.zeros(()))
+        def total(x: jax.Array, known: list[Any]) -> jax.Array:
+            pairs = zip(factors(self.potential), known, strict=True)
+            return sum((f.weight * self.term(x[f.slices], k) for f, k in pairs), jnp.zeros(()))
 
         for _ in range(value.ndim - self.event_dim):
-            ratio = jax.vmap(ratio)
-        return ratio(value, self.expected)
+            total = jax.vmap(total)
+        return total(value, self.known)
 
 
-def _log_ratio(x: jax.Array, expected: _Expected, noisy: Level, clean: Level) -> jax.Array:
-    """log r(x | x')/f(x' | x) of one factor."""
-    delta = lost_share(noisy, clean)
-    kept = clean.sigma / noisy.sigma * jnp.exp((noisy.log_snr - clean.log_snr) / 2)
-    away = (x - kept * expected.x_noisy - clean.alpha * delta * expected.mean).reshape(-1)
-    std = clean.sigma * jnp.sqrt(delta) * jnp.ones_like(away)
-    if expected.variances is not None and expected.axes is not None:
-        away = expected.axes.T @ away
-        std = jnp.sqrt(clean.sigma**2 * delta + (clean.alpha * delta) ** 2 * expected.variances)
-    log_reverse = jnp.sum(norm.logpdf(away / std) - jnp.log(std))
-    return log_reverse - log_forward(x, expected.x_noisy, noisy, clean)
+def _over_factors(
+    path: Path, position: Position, t: ArrayLike, known: Any, term: Callable[..., jax.Array]
+) -> jax.Array:
+    """Σ w_i term over the factors of all ``Diffusion`` sites."""
+    x = {name: position[name] for name in path.diffusion_sites}
+    sites = (site for site in path.trace(position, x, t) if diffusions(site["fn"]))
+    return total_log_prob(
+        site | {"fn": map_diffusions(lambda d: _Terms(d, known[site["name"]], term), site["fn"])}  # noqa: B023
+        for site in sites
+    )
 
 
 class _Gaussians(Diffusion):
@@ -246,26 +347,58 @@ class _Gaussians(Diffusion):
         return self.over_events(density, value)
 
 
-def _over_events(site: Any, function: Any) -> Any:
-    """``function(diffusion, event)`` over the events of a site."""
-    (d,) = diffusions(site["fn"])
-    value = site["value"]
-    mapped = lambda event: function(d, event)  # noqa: E731
-    for _ in range(jnp.ndim(value) - d.event_dim):
-        mapped = jax.vmap(mapped)
-    return mapped(value)
+def _by_event(path: Path, position: Position, t: ArrayLike, function: Callable[..., Any], *more: Any) -> dict[str, Any]:
+    """``function(diffusion, event, ...)`` for each event of each ``Diffusion`` site, with what ``more`` has of it."""
+    found, x = {}, {name: position[name] for name in path.diffusion_sites}
+    for site in path.trace(position, x, t):
+        for d in diffusions(site["fn"]):
+            mapped = functools.partial(function, d)
+            for _ in range(jnp.ndim(site["value"]) - d.event_dim):
+                mapped = jax.vmap(mapped)
+            found[site["name"]] = mapped(site["value"], *(each[site["name"]] for each in more))
+    return found
 
 
-def _shift(
-    path: Path, position: Position, gradient: Position, root: jax.Array, t: ArrayLike, noisy: Level, clean: Level
-) -> jax.Array:
-    """How far the likelihood's gradient moves the proposal, in units of its root."""
+def _pull(path: Path, position: Position, gradient: Position, t: ArrayLike, noisy: Level, clean: Level) -> jax.Array:
+    """What a likelihood that asks the models adds to the gradient, as at the cleaner level."""
     if not path.other_sites:
-        return jnp.zeros(root.shape[0])
-    own = jax.grad(path.as_scores().unknown)(position, t)
+        return jnp.zeros(sum(position[name].size for name in path.diffusion_sites))
+
+    def rest(position: Position) -> jax.Array:
+        aside = path.aside(position, t)
+        return path.as_scores().unknown(position, t) + (0.0 if aside is None else aside)
+
+    own = jax.grad(rest)(position)
     pull = ravel_pytree({k: gradient[k] - own[k] for k in path.diffusion_sites})[0]
-    pull = pull * noisy.alpha / clean.alpha * jnp.exp(clean.log_snr - noisy.log_snr)
-    return jnp.clip(jnp.nan_to_num(_times(root, pull)), -LARGEST_SHIFT, LARGEST_SHIFT)
+    return pull * noisy.alpha / clean.alpha * jnp.exp(clean.log_snr - noisy.log_snr)
+
+
+def _towards(
+    aside: Callable[[jax.Array], jax.Array | None], pull: jax.Array, root: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Shift, narrowing and its log determinant, for a likelihood with a gradient and a part that can be asked anywhere,
+    both as functions of w in N(0, 1)."""
+
+    def bounded(w: jax.Array) -> jax.Array:
+        return jnp.clip(jnp.nan_to_num(w), -LARGEST_SHIFT, LARGEST_SHIFT)
+
+    shift, zero = bounded(pull), jnp.zeros(())
+    slope = jax.grad(lambda w: jnp.asarray(aside(w)))
+    if aside(shift) is None:
+        return shift, jnp.eye(shift.size) if root.ndim == 2 else jnp.ones_like(shift), zero
+    if root.ndim == 1:
+        return bounded(pull + slope(shift)), jnp.ones_like(shift), zero
+
+    def curved(w: jax.Array) -> tuple[jax.Array, jax.Array]:
+        values, axes = jnp.linalg.eigh(jnp.nan_to_num(-jax.jacfwd(slope)(w)))
+        return jnp.clip(values, 0.0, 1.0), axes
+
+    for _ in range(NEWTON_STEPS):
+        values, axes = curved(shift)
+        shift += (axes / (1 + values)) @ (axes.T @ (jnp.nan_to_num(slope(shift)) + pull - shift))
+        shift = bounded(shift)
+    values, axes = curved(shift)
+    return shift, (axes * (1 + values) ** -0.5) @ axes.T, -jnp.sum(jnp.log1p(values)) / 2
 
 
 def _times(matrix: jax.Array, vector: jax.Array) -> jax.Array:

@@ -59,7 +59,12 @@ class Noisy(NamedTuple):
 
 class Guidance(abc.ABC):
     """How the sites that are not diffusions read x_t on the way down: a frozen dataclass, hashable,
-    whose fields are structure."""
+    whose fields are structure.
+
+    Attributes:
+        uses_score: False for one that reads ``noisy.x`` and asks no model for its score, by ``denoised`` or
+            ``denoise``. That spares a gradient of the prior, and reverse steps may look at it wherever they go.
+    """
 
     uses_score: bool = True
 
