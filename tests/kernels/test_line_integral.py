@@ -14,7 +14,7 @@ from blackjax.mcmc.integrators import IntegratorState
 from stand_ins import score_of
 
 import lehr
-from lehr.kernels.line_integral import NODES, PartlyKnown, closed_loop, line_integral, refreshed
+from lehr.kernels.line_integral import BENT, NODES, PartlyKnown, closed_loop, line_integral, refreshed
 
 T = 0.05
 MODES = lehr.GaussianMixture([[-1.5, 0.0], [1.0, 1.3], [0.8, -1.2]], [0.5, 0.6, 0.7], [0.3, 0.3, 0.4])
@@ -274,18 +274,27 @@ def test_energies_have_no_closed_loops_to_report():
 # Derivatives at the ends
 
 
+@pytest.mark.parametrize(("n", "order"), [(2, 4), (3, 6)])
+def test_with_derivatives_the_rules_are_exact_to_two_degrees_more(n, order):
+    nodes, (weights, bend) = np.array(NODES[n][0]), BENT[n]
+    slopes = [k if k > 1 else 0 for k in range(order + 1)]  # of u^k at 1 less at 0
+    errors = [weights @ nodes**k - bend * slope - 1 / (k + 1) for k, slope in enumerate(slopes)]
+    assert np.abs(errors[:-1]).max() < 1e-15
+    assert abs(errors[-1]) > 1e-4
+
+
 def with_bend(potential):
     target = integrated(potential)
     bend = jax.jacfwd(lambda x: potential.score(x, T))
     return PartlyKnown(target.known, target.unknown, bend=bend)
 
 
-def test_with_derivatives_two_ends_do_as_well_as_three_nodes():
-    """The error of Hermite's rule is four times that of Simpson's, and falls as it does."""
+def test_one_step_errs_as_the_rule_does():
+    """Hermite's rule errs four times as much as Simpson's; three nodes with derivatives are of order six."""
 
-    def error(target, step):
+    def error(num_nodes, target, step):
         metric = metrics.default_metric(jnp.ones(2))
-        one_step = line_integral(3)(target, metric.kinetic_energy)
+        one_step = line_integral(num_nodes)(target, metric.kinetic_energy)
 
         def trajectory(q, p):
             start = IntegratorState(q, p, *refreshed(q, target))
@@ -297,12 +306,13 @@ def test_with_derivatives_two_ends_do_as_well_as_three_nodes():
         return float(jnp.median(jnp.abs(found)))
 
     with jax.enable_x64(True):
-        hermite, simpson, shorter = (
-            error(target, step)
-            for target, step in ((with_bend(MODES), 0.1), (integrated(MODES), 0.1), (with_bend(MODES), 0.05))
-        )
+        bent, plain = with_bend(MODES), integrated(MODES)
+        hermite, simpson, shorter = error(2, bent, 0.1), error(3, plain, 0.1), error(2, bent, 0.05)
+        both, both_shorter = error(3, bent, 0.2), error(3, bent, 0.1)
     assert 3 < hermite / simpson < 5
     assert 24 < hermite / shorter < 40  # one step of a rule of fourth order errs by its fifth power
+    assert 90 < both / both_shorter < 180
+    assert both_shorter < simpson / 10
 
 
 # Refusals

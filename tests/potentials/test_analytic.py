@@ -10,6 +10,7 @@ from scipy.special import log_ndtr, logsumexp
 from scipy.stats import multivariate_normal
 
 import lehr
+from lehr.potentials.analytic import mean_in_box
 
 EPS = np.finfo(np.float32).eps
 TIMES = np.array([0.0, 1e-3, 0.05, 0.3, 0.7, 0.97, 1.0], np.float32)
@@ -324,3 +325,13 @@ def test_covariance_is_that_of_the_factor():
 def test_impossible_arguments_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_second_derivatives_of_a_box_are_right_in_single_precision():
+    """Far tails meet their asymptotic series where the square of an error function underflows."""
+    c, h = (v.ravel() for v in np.meshgrid(np.linspace(-60, 60, 601), np.geomspace(0.01, 50, 60)))
+    slope = jax.vmap(jax.grad(mean_in_box))
+    single = np.asarray(slope(jnp.asarray(c, jnp.float32), jnp.asarray(h, jnp.float32)))
+    with jax.enable_x64(True):
+        double = np.asarray(slope(jnp.asarray(c), jnp.asarray(h)))
+    np.testing.assert_allclose(single * h, double * h, atol=2e-3)

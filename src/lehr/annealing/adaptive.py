@@ -33,7 +33,7 @@ from lehr.programs.reverse import Level, is_small
 
 __all__ = ["adaptive_times"]
 
-LONGEST, LONGEST_BY_PATH = 1.0, {True: 0.7, False: 0.5}  # True: with the covariance of x₀
+LONGEST = {True: 1.0, False: 0.5}  # False: by path weights without the covariance of x₀
 BISECTIONS = 9
 WARMUP = 3
 
@@ -62,7 +62,7 @@ def adaptive_times(
     schedule = path.schedule
     end, here = float(np.asarray(program.ladder.times)[-1]), noisy_end(schedule, t_max)
     finish = float(schedule.log_snr(end))
-    longest = LONGEST_BY_PATH[is_small(path)] if plan.weights == "path" else LONGEST
+    longest = LONGEST[plan.weights != "path" or is_small(path)]
     key = as_key(rng_key)
     log_step = jnp.log(jnp.asarray(plan.kernel.initial_step_size(program.dimension), float))
     times = [float(schedule.time(here))]

@@ -388,8 +388,22 @@ def _log_mills(z: jax.Array) -> jax.Array:
     deep = jnp.where(far, z, -20.0)
     r = 1 / deep**2
     series = 1 - r * (1 - 3 * r * (1 - 5 * r * (1 - 7 * r)))
-    close = jnp.log(erfc(-near / math.sqrt(2)) / 2) + near**2 / 2
+    close = _close_log_mills(near)
     return jnp.where(far, -jnp.log(-deep) - LOG_ROOT_2PI + jnp.log(series), close)
+
+
+@jax.custom_jvp
+def _close_log_mills(z: jax.Array) -> jax.Array:
+    """For −10 ≤ z ≤ 0. It solves m' = φ(0) exp(−m) + z, by which it has derivatives of all orders: those of log erfc
+    divide by its square, which underflows in single precision."""
+    return jnp.log(erfc(-z / math.sqrt(2)) / 2) + z**2 / 2
+
+
+@_close_log_mills.defjvp
+def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    (z,), (dz,) = primals, tangents
+    m = _close_log_mills(z)
+    return m, (jnp.exp(-LOG_ROOT_2PI - m) + z) * dz
 
 
 def _log1mexp(x: jax.Array) -> jax.Array:
