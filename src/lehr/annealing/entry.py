@@ -216,6 +216,6 @@ def target_at(structure: Structure, constants: Constants, t: jax.Array) -> LogDe
         return known
 
     def of(name: str) -> Any:
-        return lambda position: getattr(structure, name)(constants, position, t)
+        return lambda *arguments: getattr(structure, name)(constants, *arguments, t)
 
     return PartlyKnown(known, of("unknown"), *(of(name) if name in structure else None for name in ("expect", "bend")))

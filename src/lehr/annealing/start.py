@@ -38,7 +38,8 @@ def begin(structure: Structure, plan: Plan, constants: Constants, t: jax.Array, 
     n = plan.num_chains
     keys = per_chain(rng_key, n)
     start, log_start = plan.layout.over(_starter(structure, plan, constants, t))(keys)
-    nowhere, there = PartlyKnown(*[lambda _: jnp.zeros(())] * 2), target_at(structure, constants, t)
+    zero, there = lambda _: jnp.zeros(()), target_at(structure, constants, t)
+    nowhere = PartlyKnown(zero, zero)
 
     def chain(key: jax.Array, position: Position) -> Any:
         state = plan.kernel.init(key, position, nowhere)

@@ -82,7 +82,8 @@ class PartlyKnown:
         known: that function.
         unknown: a function whose gradient is that of the rest, and whose value means nothing.
         expect: what else is to be known of a position before it is left, for whoever asks :func:`expected`.
-        bend: the second derivatives of the rest, (D, D) over a flat position.
+        bend: the second derivatives of the rest, (D, D) over a flat position, given that position and what is expected
+            of it.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class PartlyKnown:
         known: LogDensity,
         unknown: LogDensity,
         expect: Callable[[Any], Any] | None = None,
-        bend: Callable[[Any], jax.Array] | None = None,
+        bend: Callable[[Any, Any], jax.Array] | None = None,
     ) -> None:
         self.known, self.unknown, self.expect, self.bend = known, unknown, expect, bend
 
@@ -121,7 +122,7 @@ def refreshed(position: Any, logdensity_fn: PartlyKnown) -> tuple[jax.Array, Sco
     known, whole = jax.value_and_grad(logdensity_fn.known)(position)
     unknown = jax.grad(logdensity_fn.unknown)(position)  # the same network call; XLA makes it once
     expected = logdensity_fn.expect(position) if logdensity_fn.expect else None
-    bend = logdensity_fn.bend(position) if logdensity_fn.bend else None
+    bend = logdensity_fn.bend(position, expected) if logdensity_fn.bend else None
     return known, ScoreGradient(whole, unknown, known, expected, bend)
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 from lehr.programs.path import Path
-from lehr.programs.reverse import correction, expect, reverse_step, start_density
+from lehr.programs.reverse import bend, correction, expect, reverse_step, start_density
 
 __all__ = ["ALWAYS", "Constants", "Structure", "close"]
 
@@ -105,7 +105,7 @@ def _signatures(
         "others": (path.others, (position, t)),
         "copies": (path.copies, (position, t)),
         "moments": (path.moments, (position, t)),
-        "bend": (path.bend, (position, t)),
+        "bend": (functools.partial(bend, path), (position, expected, t)),
         "expect": (functools.partial(expect, path), (position, t)),
         "reverse_step": (functools.partial(reverse_step, path), (position, expected, position, t, t)),
         "correction": (functools.partial(correction, path), (expected, position, expected, t, t)),

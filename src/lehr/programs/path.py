@@ -25,7 +25,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 from numpy.typing import ArrayLike
 from numpyro import handlers
 from numpyro.distributions import MaskedDistribution
@@ -202,12 +201,6 @@ class Path(Binding):
         sites = self.trace(position, x, check_time(t))
         factors = (site for site in sites if diffusions(site["fn"]))
         return total_log_prob(site | {"fn": unknown(site["fn"], self.forgets)} for site in factors)
-
-    def bend(self, position: Position, t: ArrayLike) -> jax.Array:
-        """The second derivatives of that part, (D, D) over all of a position, flat."""
-        flat, unravel = ravel_pytree(position)
-        slope = jax.grad(lambda q: self.unknown(unravel(q), t))
-        return jax.jacfwd(slope)(flat)
 
     def others(self, position: Position, t: ArrayLike) -> jax.Array:
         """The part of log π_t that no diffusion model has a share in: log p(θ) + log L(y | x̂₀, θ)."""

@@ -67,8 +67,8 @@ from lehr.programs.path import Path, Position, total_log_prob
 from lehr.schedules import Schedule
 
 __all__ = [
-    "SMALL", "Expected", "Level", "ReverseStep", "correction", "expect", "is_small", "log_forward", "lost_share",
-    "reverse_step", "start_density",
+    "SMALL", "Expected", "Level", "ReverseStep", "bend", "correction", "expect", "is_small", "log_forward",
+    "lost_share", "reverse_step", "start_density",
 ]  # fmt: skip
 
 SMALL = 16
@@ -102,6 +102,15 @@ class Expected(NamedTuple):
     x: jax.Array
     mean: jax.Array
     covariance: jax.Array | None
+
+    def score(self, level: Level) -> jax.Array:
+        """∇ log p at x, by Tweedie's formula, flat."""
+        return (level.alpha * self.mean - self.x).reshape(-1) / level.sigma**2
+
+    def bend(self, level: Level) -> jax.Array:
+        """∇² log p at x, by its second order, flat; for small events."""
+        assert self.covariance is not None
+        return ((level.alpha / level.sigma) ** 2 * self.covariance - jnp.eye(self.x.size)) / level.sigma**2
 
 
 class ReverseStep(NamedTuple):
@@ -155,6 +164,18 @@ def expect(path: Path, position: Position, t: ArrayLike) -> dict[str, list[Expec
     return _by_event(path, position, t, lambda d, x: [_expect(f, x, t, noisy, small) for f in factors(d.potential)])
 
 
+def bend(path: Path, position: Position, expected: dict[str, list[Expected]], t: ArrayLike) -> jax.Array:
+    """∇² Σ w_i log p_i over all of a position, flat, (D, D), from what is expected behind it; for small events."""
+    level = Level.of(path.schedule, t)
+    flat, unravel = ravel_pytree(position)
+
+    def quadratic(x: jax.Array, e: Expected) -> jax.Array:
+        u = (x - e.x).reshape(-1)
+        return jnp.dot(u, e.score(level)) + jnp.dot(u, e.bend(level) @ u) / 2
+
+    return jax.hessian(lambda q: _over_factors(path, unravel(q), t, expected, quadratic))(flat)
+
+
 def reverse_step(
     path: Path,
     position: Position,
@@ -194,7 +215,7 @@ def reverse_step(
     ahead, log_det = _times(root, _times(root, slope)), jnp.sum(jnp.log(values))
     mean = flat + ahead
     log_weight = constant + jnp.dot(slope, ahead) / 2 + (flat.size * math.log(2 * math.pi) - log_det) / 2
-    pull = _pull(path, position, gradient, t_from, noisy, clean)
+    pull = _pull(path, position, expected, gradient, t_from, noisy, clean)
     shift, narrow, log_narrow = _towards(
         lambda w: path.aside(position | unravel(mean + _times(root, w)), t_to), _times(root, pull), root
     )
@@ -289,14 +310,11 @@ def _reverse_kernel(e: Expected, noisy: Level, clean: Level) -> _ReverseKernel:
 def _shortfall(r: _ReverseKernel, to: Expected, noisy: Level, clean: Level) -> jax.Array:
     """What log r_i/f lacks, by the derivatives of its error at x."""
     assert r.axes is not None
-    assert to.covariance is not None
     x, forward = to.x.reshape(-1), noisy.sigma**2 * lost_share(noisy, clean)
     kept = noisy.alpha / clean.alpha
-    score = (clean.alpha * to.mean.reshape(-1) - x) / clean.sigma**2
-    bend = ((clean.alpha / clean.sigma) ** 2 * to.covariance - jnp.eye(x.size)) / clean.sigma**2
     away, precision = x - r.mean, (r.axes / r.variances) @ r.axes.T
-    slope = score + precision @ away + kept * (r.x_noisy - kept * x) / forward
-    bend = bend + precision - kept**2 / forward * jnp.eye(x.size)
+    slope = to.score(clean) + precision @ away + kept * (r.x_noisy - kept * x) / forward
+    bend = to.bend(clean) + precision - kept**2 / forward * jnp.eye(x.size)
     relative = (r.axes * r.variances) @ r.axes.T @ bend
     lacks = (away @ slope - jnp.trace(relative)) / 3 - jnp.sum(relative * relative.T) / 12
     return jnp.clip(jnp.nan_to_num(lacks), -LARGEST_CORRECTION, LARGEST_CORRECTION)
@@ -359,14 +377,23 @@ def _by_event(path: Path, position: Position, t: ArrayLike, function: Callable[.
     return found
 
 
-def _pull(path: Path, position: Position, gradient: Position, t: ArrayLike, noisy: Level, clean: Level) -> jax.Array:
+def _pull(
+    path: Path,
+    position: Position,
+    expected: dict[str, list[Expected]],
+    gradient: Position,
+    t: ArrayLike,
+    noisy: Level,
+    clean: Level,
+) -> jax.Array:
     """What a likelihood that asks the models adds to the gradient, as at the cleaner level."""
     if not path.other_sites:
         return jnp.zeros(sum(position[name].size for name in path.diffusion_sites))
 
     def rest(position: Position) -> jax.Array:
+        models = _over_factors(path, position, t, expected, lambda x, e: jnp.dot(x.reshape(-1), e.score(noisy)))
         aside = path.aside(position, t)
-        return path.as_scores().unknown(position, t) + (0.0 if aside is None else aside)
+        return models if aside is None else models + aside
 
     own = jax.grad(rest)(position)
     pull = ravel_pytree({k: gradient[k] - own[k] for k in path.diffusion_sites})[0]
