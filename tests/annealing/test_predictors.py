@@ -12,7 +12,7 @@ import pytest
 import lehr
 from lehr.annealing.predictors import DDIM, PREDICTORS, Ancestral, Departure, Heun, as_predictor
 from lehr.kernels.base import Stats
-from lehr.programs.reverse import Level, lost_share
+from lehr.programs.ratios import Level, lost_share
 
 VP = lehr.VPLinear(0.1, 20.0)
 SCHEDULES = [lehr.VPCosine(), VP, lehr.VE(0.01, 20.0), lehr.RectifiedFlow()]

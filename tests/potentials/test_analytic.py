@@ -10,7 +10,7 @@ from scipy.special import log_ndtr, logsumexp
 from scipy.stats import multivariate_normal
 
 import lehr
-from lehr.potentials.analytic import mean_in_box
+from lehr.potentials.box import mean_in_box
 
 EPS = np.finfo(np.float32).eps
 TIMES = np.array([0.0, 1e-3, 0.05, 0.3, 0.7, 0.97, 1.0], np.float32)

@@ -80,7 +80,8 @@ def test_observed_sites_weave_the_same_tapestry_to_rounding():
 
 
 def test_both_forms_step_down_alike():
-    from lehr.programs.reverse import expect, reverse_step, start_density
+    from lehr.programs.ratios import expect
+    from lehr.programs.reverse import reverse_step, start_density
 
     steps, x = [], {"x": jnp.asarray(X)}
     for path in (lehr.Path(field()), lehr.Path(woven)()):

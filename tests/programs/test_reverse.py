@@ -12,7 +12,8 @@ from scipy import stats
 from stand_ins import score_of
 
 import lehr
-from lehr.programs.reverse import SMALL, Level, bend, correction, expect, reverse_step, start_density
+from lehr.programs.ratios import SMALL, Level, correction, expect
+from lehr.programs.reverse import reverse_step, start_density
 
 SCHEDULES = [lehr.VPCosine(), lehr.VPLinear(), lehr.VE(0.01, 20.0), lehr.RectifiedFlow()]
 FROM, TO = np.array([0.95, 0.9, 0.6, 0.5, 0.3]), np.array([0.9, 0.3, 0.59, 0.1, 0.03])
@@ -281,23 +282,6 @@ def test_what_is_left_does_not_add_up():
     assert plain.mean() == pytest.approx(plain.var() / 2, rel=0.3)
     assert abs(corrected.mean()) < plain.var() / 4
     assert corrected.std() < plain.std() / 5
-
-
-def test_what_is_expected_knows_the_second_derivatives():
-    def model():
-        x = numpyro.sample("x", lehr.Diffusion(MODES * lehr.Gaussian(M, [0.5, 0.9], SCHEDULES[1]) ** 0.7))
-        numpyro.sample(
-            "crop", lehr.Diffusion(lehr.GaussianMixture([[-0.5], [1.0]], 0.4, schedule=SCHEDULES[1])), obs=x[1:]
-        )
-        numpyro.sample("theta", dist.Normal())
-
-    with jax.enable_x64(True):
-        path, t = lehr.Path(model)(), jnp.asarray(0.3)
-        position = {"theta": jnp.asarray(0.2), "x": jnp.asarray(X)}
-        found = bend(path, position, expect(path, position, t), t)
-        models = jax.hessian(lambda x: path.prior().log_density(position | {"x": x}, t))(position["x"])
-    np.testing.assert_allclose(found[1:, 1:], models, rtol=1e-8, atol=1e-8)
-    np.testing.assert_array_equal(found[0], 0)
 
 
 def test_gaussians_lack_nothing():

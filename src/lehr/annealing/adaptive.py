@@ -29,7 +29,7 @@ from lehr.annealing.tuning import SHORT_SHARE, curvature, pooled_scale
 from lehr.annealing.weights import Weights, weigh
 from lehr.kernels import Kernel
 from lehr.programs.closure import Constants, Structure
-from lehr.programs.reverse import Level, is_small
+from lehr.programs.ratios import Level, is_small
 
 __all__ = ["adaptive_times"]
 

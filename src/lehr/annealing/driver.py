@@ -35,7 +35,7 @@ from lehr.kernels import HMC, Kernel
 from lehr.potentials.base import Potential
 from lehr.programs.closure import Constants, Structure, close
 from lehr.programs.path import Path
-from lehr.programs.reverse import is_small
+from lehr.programs.ratios import is_small
 
 __all__ = ["Driver"]
 

@@ -25,10 +25,11 @@ from lehr.annealing.plan import Plan
 from lehr.annealing.predictors import Ancestral, Departure
 from lehr.annealing.weights import Particles, overall
 from lehr.kernels.base import LogDensity
-from lehr.kernels.line_integral import PartlyKnown, expected
+from lehr.kernels.line_integral import PartlyKnown
 from lehr.programs.closure import Constants, Structure
 from lehr.programs.path import Position
-from lehr.programs.reverse import Level, ReverseStep, log_forward
+from lehr.programs.ratios import Level, log_forward
+from lehr.programs.reverse import ReverseStep
 
 __all__ = ["Entered", "Entry", "conditional_ess", "is_sound", "target_at"]
 
@@ -97,14 +98,14 @@ class Entry:
         by_energy = fresh.logdensity - chain.logdensity
         if not self.plan.follows_path:
             return fresh, by_energy, jnp.zeros(())
-        t_from = self.times[jnp.maximum(k - 1, 0)]
+        t_from, arrived = self.times[jnp.maximum(k - 1, 0)], self._arrived(chain.position, t)
 
         def start() -> jax.Array:
             return self.structure.start_density(self.constants, chain.position, t) - chain.logdensity
 
         def on() -> jax.Array:
-            step = self._reverse_step(chain, t_from, t)
-            by_path = step.log_stay + self._correction(chain, fresh, t_from, t)
+            behind, step = self._reverse_step(chain, t_from, t)
+            by_path = step.log_stay + self._correction(behind, chain.position, arrived, t_from, t)
             return by_path + self._others(chain.position, t) - self._others(chain.position, t_from)
 
         by_path = jax.lax.cond(k == 0, start, on)
@@ -121,7 +122,6 @@ class Entry:
         by_energy = fresh.logdensity - chain.logdensity + log_energy
         if not self.plan.follows_path:
             return fresh, by_energy, jnp.zeros(())
-        log_path += self._correction(chain, fresh, t_from, t)
         by_path = log_path + self._others(position, t) - self._others(chain.position, t_from)
         return fresh, self._gained(fresh, by_energy, by_path), by_energy - by_path
 
@@ -139,10 +139,11 @@ class Entry:
         if plan.follows_path:
             t_from, t = self.times[before], self.times[k]
             x_noisy, put = self._split(chain.position)
-            step = self._reverse_step(chain, t_from, t)
+            behind, step = self._reverse_step(chain, t_from, t)
             x, log_path, log_proposal = step.draw(rng_key)
-            log_noising = log_forward(x, x_noisy, self._level(before), self._level(k))
-            return put(x), log_noising - log_proposal, log_path
+            position, log_noising = put(x), log_forward(x, x_noisy, self._level(before), self._level(k))
+            log_path += self._correction(behind, position, self._arrived(position, t), t_from, t)
+            return position, log_noising - log_proposal, log_path
         start, put = self._departure(chain, before, k)
         if plan.is_informed:
             assert isinstance(plan.predictor, Ancestral)
@@ -155,18 +156,21 @@ class Entry:
         assert plan.predictor is not None
         return put(plan.predictor.move(rng_key, start)), jnp.zeros(()), jnp.zeros(())
 
-    def _reverse_step(self, chain: Any, t_from: jax.Array, t: jax.Array) -> ReverseStep:
-        behind, position = expected(chain), chain.position
-        if behind is None:
-            behind = self.structure.expect(self.constants, position, t_from)
+    def _reverse_step(self, chain: Any, t_from: jax.Array, t: jax.Array) -> tuple[Any, ReverseStep]:
+        """A reverse step, and what is expected where it begins."""
+        behind = self.structure.expect(self.constants, chain.position, t_from)
         gradient = self.plan.kernel.gradient(chain)
-        return self.structure.reverse_step(self.constants, position, behind, gradient, t_from, t)
+        return behind, self.structure.reverse_step(self.constants, chain.position, behind, gradient, t_from, t)
 
-    def _correction(self, chain: Any, fresh: Any, t_from: jax.Array, t: jax.Array) -> jax.Array:
-        """What the ratio of a reverse step lacks, where it is known of both its ends."""
-        if expected(chain) is None or "correction" not in self.structure:
+    def _arrived(self, position: Position, t: jax.Array) -> Any:
+        """What is expected where a step ends, if that is asked: the network call is the one of the refresh."""
+        return self.structure.expect(self.constants, position, t) if "correction" in self.structure else None
+
+    def _correction(self, behind: Any, position: Position, arrived: Any, t_from: jax.Array, t: jax.Array) -> jax.Array:
+        """What the ratio of a reverse step lacks."""
+        if arrived is None:
             return jnp.zeros(())
-        return self.structure.correction(self.constants, expected(chain), fresh.position, expected(fresh), t_from, t)
+        return self.structure.correction(self.constants, behind, position, arrived, t_from, t)
 
     def _departure(self, chain: Any, before: jax.Array, k: jax.Array) -> tuple[Departure, Any]:
         """Where a predictor starts from, and how to put what it returns in the place of x."""
@@ -214,8 +218,4 @@ def target_at(structure: Structure, constants: Constants, t: jax.Array) -> LogDe
 
     if "unknown" not in structure:
         return known
-
-    def of(name: str) -> Any:
-        return lambda *arguments: getattr(structure, name)(constants, *arguments, t)
-
-    return PartlyKnown(known, of("unknown"), *(of(name) if name in structure else None for name in ("expect", "bend")))
+    return PartlyKnown(known, lambda position: structure.unknown(constants, position, t))

@@ -38,12 +38,12 @@ from lehr.kernels.base import Stats
 from lehr.kernels.line_integral import closed_loop
 from lehr.programs.closure import Constants, Structure
 from lehr.programs.path import Position
-from lehr.programs.reverse import Level
+from lehr.programs.ratios import Level
 
 __all__ = ["Anneal", "Draws", "LevelStats", "State", "advance", "begin_run", "finish", "num_loops", "num_stages"]
 
 LOOPS = 32  # the most chains at which the score is integrated round a closed loop
-CHAINS_PER_LOOP = 32  # so that the loops cost about half an evaluation of each chain
+CHAINS_PER_LOOP = 64  # so that the loops cost about a quarter of an evaluation of each chain
 
 
 class LevelStats(NamedTuple):

@@ -28,7 +28,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lehr.programs.reverse import Level, lost_share
+from lehr.programs.ratios import Level, lost_share
 
 __all__ = ["DDIM", "PREDICTORS", "Ancestral", "Departure", "Heun", "Predictor", "Restart", "as_predictor"]
 

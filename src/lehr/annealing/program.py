@@ -18,7 +18,7 @@ from lehr.annealing.session import Part, Session
 from lehr.annealing.tuning import Tuning
 from lehr.programs.closure import ALWAYS, Constants, Structure, close
 from lehr.programs.path import Path
-from lehr.programs.reverse import Level, is_small
+from lehr.programs.ratios import Level, is_small
 
 __all__ = ["Program", "digest"]
 
@@ -160,8 +160,7 @@ def _needed(path: Path, plan: Plan) -> list[str]:
     needed = ["unknown"] if path.score_sites else []
     if plan.follows_path:
         needed += ["expect", "reverse_step", "start_density"] + (["others"] if path.other_sites else [])
-        if path.score_sites and is_small(path):
-            needed += ["bend", "correction"]
+        needed += ["correction"] if plan.weights == "path" and is_small(path) else []
     elif plan.predictor is not None:
         needed += ["copies"] if plan.counts_noise else ["copies", "moments"]
     return needed

@@ -9,12 +9,10 @@ chains do not: their first weight is log π less the density of the start, which
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lehr.annealing.entry import target_at
 from lehr.annealing.keys import per_chain
 from lehr.annealing.plan import Plan
 from lehr.annealing.weights import Particles
@@ -38,15 +36,9 @@ def begin(structure: Structure, plan: Plan, constants: Constants, t: jax.Array, 
     n = plan.num_chains
     keys = per_chain(rng_key, n)
     start, log_start = plan.layout.over(_starter(structure, plan, constants, t))(keys)
-    zero, there = lambda _: jnp.zeros(()), target_at(structure, constants, t)
+    zero = lambda _: jnp.zeros(())  # noqa: E731
     nowhere = PartlyKnown(zero, zero)
-
-    def chain(key: jax.Array, position: Position) -> Any:
-        state = plan.kernel.init(key, position, nowhere)
-        unasked = jax.eval_shape(lambda q: plan.kernel.init(key, q, there), position).logdensity_grad
-        return state._replace(logdensity_grad=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), unasked))
-
-    chains = jax.vmap(chain)(keys, start)
+    chains = jax.vmap(lambda key, q: plan.kernel.init(key, q, nowhere))(keys, start)
     chains = chains._replace(logdensity=log_start)  # what the first weight compares with
     islands = plan.num_islands
     zeros = jnp.zeros(islands)

@@ -113,11 +113,10 @@ class _Adjusted(_Hamiltonian):
     def _integrator(self) -> Any:
         return line_integral(self.num_nodes) if self.integrates_score else integrators.velocity_verlet
 
-    def _calls(self, logdensity_fn: Any) -> int:
-        """Network calls in one leapfrog step, and one more for derivatives."""
-        if not self.integrates_score:
-            return 1
-        return self.num_nodes - 1 + (logdensity_fn.bend is not None)
+    @property
+    def _calls(self) -> int:
+        """Network calls in one leapfrog step."""
+        return self.num_nodes - 1 if self.integrates_score else 1
 
     def _begin(self, state: Any) -> Any:
         return reset(state) if self.integrates_score else state
@@ -246,9 +245,7 @@ class GHMC(_Adjusted):
             end = hmc.flip_momentum(proposal)  # the proposal ends flipped, so this turns rejected chains only
             unit = jax.flatten_util.ravel_pytree(end.momentum)[0] * inverse_mass**0.5
             state = GHMCState(end.position, end.logdensity, end.logdensity_grad, unit)
-            return state, Stats(
-                jnp.nan_to_num(info.acceptance_rate), info.is_divergent, self._steps * self._calls(logdensity_fn)
-            )
+            return state, Stats(jnp.nan_to_num(info.acceptance_rate), info.is_divergent, self._steps * self._calls)
 
         return step
 
@@ -262,6 +259,7 @@ class UHMC(_Hamiltonian):
     num_integration_steps: int = 3
     target_acceptance: float = field(default=0.95, kw_only=True)
     is_adjusted = False
+    _calls = 1
 
     def build(self) -> Step:
         kernel = hmc.build_kernel(build_proposal=functools.partial(hmc.hmc_proposal, sample_proposal=_always_accept))
@@ -269,9 +267,6 @@ class UHMC(_Hamiltonian):
 
     def _begin(self, state: Any) -> Any:
         return state
-
-    def _calls(self, logdensity_fn: Any) -> int:
-        return 1
 
 
 @dataclass(frozen=True)
@@ -289,7 +284,7 @@ def _step(kernel: Any, transition: Any) -> Step:
         rng_key: jax.Array, state: Any, logdensity_fn: LogDensity, step_size: jax.Array, inverse_mass: jax.Array
     ) -> tuple[Any, Stats]:
         state, info = transition(rng_key, kernel._begin(state), logdensity_fn, step_size, inverse_mass)
-        evaluations = info.num_integration_steps * kernel._calls(logdensity_fn)
+        evaluations = info.num_integration_steps * kernel._calls
         return state, Stats(jnp.nan_to_num(info.acceptance_rate), info.is_divergent, evaluations)
 
     return step

@@ -15,15 +15,6 @@ balance needs, and with the ends among the nodes, whose scores the integrator ha
 Two nodes are nearly useless: kick and trapezoid cancel, and the log acceptance becomes
 (ε²/8) (|s(x_0)|² − |s(x_L)|²) whatever lies between. Three is Simpson's rule, the default.
 
-Where the derivative H of the score is known at the ends as well (:class:`PartlyKnown`), the rules of
-two and three nodes take it in, and are right to two orders more: on a segment u
-
-    ∫ ⟨s, dx⟩ ≈ uᵀ(s_0 + s_1)/2                − uᵀ(H_1 − H_0) u/12
-    ∫ ⟨s, dx⟩ ≈ uᵀ(7 s_0 + 16 s_½ + 7 s_1)/30  − uᵀ(H_1 − H_0) u/60
-
-and each derivative counts as a call. The first of them, Hermite's, has four times Simpson's error: it asks for
-shorter steps than acceptances of .85 leave.
-
 Where part of the log density is known (a likelihood, a prior, an energy among the factors)
 that part enters the test exactly, and only the rest is integrated. The ledger starts each
 transition at the known part alone: it means nothing except as a difference along one
@@ -48,20 +39,9 @@ from jax.flatten_util import ravel_pytree
 
 from lehr.kernels.base import LogDensity
 
-__all__ = [
-    "BENT",
-    "NODES",
-    "PartlyKnown",
-    "ScoreGradient",
-    "closed_loop",
-    "expected",
-    "line_integral",
-    "refreshed",
-    "reset",
-]
+__all__ = ["NODES", "PartlyKnown", "ScoreGradient", "closed_loop", "line_integral", "refreshed", "reset"]
 
-# Nodes in [0, 1] and weights of Lobatto's rules; then, of those that take in the derivative at the ends, the weights of
-# the nodes and of the difference of the derivatives.
+# Nodes in [0, 1] and weights of Lobatto's rules.
 _ROOT_5, _ROOT_21 = np.sqrt(1 / 5), np.sqrt(3 / 7)
 NODES = {
     2: ((0.0, 1.0), (1 / 2, 1 / 2)),
@@ -69,8 +49,6 @@ NODES = {
     4: ((0.0, (1 - _ROOT_5) / 2, (1 + _ROOT_5) / 2, 1.0), (1 / 12, 5 / 12, 5 / 12, 1 / 12)),
     5: ((0.0, (1 - _ROOT_21) / 2, 0.5, (1 + _ROOT_21) / 2, 1.0), (1 / 20, 49 / 180, 16 / 45, 49 / 180, 1 / 20)),
 }
-
-BENT = {2: ((1 / 2, 1 / 2), 1 / 12), 3: ((7 / 30, 16 / 30, 7 / 30), 1 / 60)}
 
 
 class PartlyKnown:
@@ -81,19 +59,10 @@ class PartlyKnown:
     Args:
         known: that function.
         unknown: a function whose gradient is that of the rest, and whose value means nothing.
-        expect: what else is to be known of a position before it is left, for whoever asks :func:`expected`.
-        bend: the second derivatives of the rest, (D, D) over a flat position, given that position and what is expected
-            of it.
     """
 
-    def __init__(
-        self,
-        known: LogDensity,
-        unknown: LogDensity,
-        expect: Callable[[Any], Any] | None = None,
-        bend: Callable[[Any, Any], jax.Array] | None = None,
-    ) -> None:
-        self.known, self.unknown, self.expect, self.bend = known, unknown, expect, bend
+    def __init__(self, known: LogDensity, unknown: LogDensity) -> None:
+        self.known, self.unknown = known, unknown
 
     def __call__(self, position: Any) -> jax.Array:
         return self.known(position)
@@ -106,30 +75,18 @@ class ScoreGradient(NamedTuple):
         whole: the gradient of the whole log density.
         unknown: that of the part without a value.
         known: the value of the other part.
-        expected: what the target expects of the position; None where it was not asked to.
-        bend: the second derivatives of the part without a value; None where they are not known.
     """
 
     whole: Any
     unknown: Any
     known: jax.Array
-    expected: Any = None
-    bend: jax.Array | None = None
 
 
 def refreshed(position: Any, logdensity_fn: PartlyKnown) -> tuple[jax.Array, ScoreGradient]:
     """The ledger and the gradients that a transition starts from."""
     known, whole = jax.value_and_grad(logdensity_fn.known)(position)
     unknown = jax.grad(logdensity_fn.unknown)(position)  # the same network call; XLA makes it once
-    expected = logdensity_fn.expect(position) if logdensity_fn.expect else None
-    bend = logdensity_fn.bend(position, expected) if logdensity_fn.bend else None
-    return known, ScoreGradient(whole, unknown, known, expected, bend)
-
-
-def expected(state: Any) -> Any:
-    """What the target expects of the state's position, or None where that is not kept."""
-    gradient = state.logdensity_grad
-    return gradient.expected if isinstance(gradient, ScoreGradient) else None
+    return known, ScoreGradient(whole, unknown, known)
 
 
 def reset(state: Any) -> Any:
@@ -145,15 +102,12 @@ def line_integral(num_nodes: int = 3) -> Callable[..., Any]:
     does that.
 
     Args:
-        num_nodes: of Lobatto's rule on each position update, 2 to 5; for 2 and 3 the score's derivatives at
-            the ends are taken in where they are known.
+        num_nodes: of Lobatto's rule on each position update, 2 to 5.
     """
 
     def integrator(logdensity_fn: PartlyKnown, kinetic_energy_fn: Callable[..., jax.Array]) -> Any:
         velocity, score = jax.grad(kinetic_energy_fn), jax.grad(logdensity_fn.unknown)
         nodes, weights = NODES[num_nodes]
-        bends = num_nodes in BENT and logdensity_fn.bend is not None
-        weights, bend_weight = BENT[num_nodes] if bends else (weights, 0.0)
 
         def one_step(state: IntegratorState, step_size: jax.Array) -> IntegratorState:
             q, old = state.position, state.logdensity_grad
@@ -163,9 +117,6 @@ def line_integral(num_nodes: int = 3) -> Callable[..., Any]:
             known, new = refreshed(end, logdensity_fn)
             within = [score(_along(q, v, u * step_size)) for u in nodes[1:-1]]
             integral = sum(w * _dot(s, v) for w, s in zip(weights, [old.unknown, *within, new.unknown], strict=True))
-            if bends:
-                u = ravel_pytree(v)[0]
-                integral -= bend_weight * step_size * jnp.dot(u, (new.bend - old.bend) @ u)
             ledger = state.logdensity + known - old.known + step_size * integral
             return IntegratorState(end, _along(p, new.whole, step_size / 2), ledger, new)
 

@@ -25,7 +25,8 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 from lehr.programs.path import Path
-from lehr.programs.reverse import bend, correction, expect, reverse_step, start_density
+from lehr.programs.ratios import correction, expect
+from lehr.programs.reverse import reverse_step, start_density
 
 __all__ = ["ALWAYS", "Constants", "Structure", "close"]
 
@@ -67,8 +68,8 @@ def close(path: Path, names: Iterable[str] = ALWAYS) -> tuple[Structure, Constan
 
     Args:
         path: bound.
-        names: the functions to trace: those of :data:`ALWAYS`, and ``"unknown"``, ``"bend"``, ``"others"``,
-            ``"copies"``, ``"moments"``, ``"expect"``, ``"reverse_step"``, ``"correction"``, ``"start_density"``.
+        names: the functions to trace: those of :data:`ALWAYS`, and ``"unknown"``, ``"others"``, ``"copies"``,
+            ``"moments"``, ``"expect"``, ``"reverse_step"``, ``"correction"``, ``"start_density"``.
     """
     key, t = jax.random.key(0), jax.numpy.ones(())
     position = jax.eval_shape(path.init, key, t)
@@ -105,7 +106,6 @@ def _signatures(
         "others": (path.others, (position, t)),
         "copies": (path.copies, (position, t)),
         "moments": (path.moments, (position, t)),
-        "bend": (functools.partial(bend, path), (position, expected, t)),
         "expect": (functools.partial(expect, path), (position, t)),
         "reverse_step": (functools.partial(reverse_step, path), (position, expected, position, t, t)),
         "correction": (functools.partial(correction, path), (expected, position, expected, t, t)),
