@@ -4,7 +4,8 @@ From level t' the next one, t, is the farthest at which (Σ W w)²/Σ W w² ≥ 
 normalised weights and w(t) the incremental ones, found by bisection in log-SNR under common random
 numbers. What particles see of a long step may be too good to be true: path weights of a lone score are 1 however far
 it goes, though their reverse kernels are approximations; and in many dimensions a proposal that misses modes is weighed
-where it goes and not where it does not. A step is at most :data:`LONGEST` in log-SNR.
+where it goes and not where it does not. A step is at most :data:`LONGEST` in log-SNR, by path weights
+:data:`LONGEST_BY_PATH`: at a step of .9 a rare event's evidence by scores gained .015, at .7 nothing that showed.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from lehr.programs.ratios import Level, is_small
 
 __all__ = ["adaptive_times"]
 
-LONGEST = {True: 1.0, False: 0.5}  # False: by path weights without the covariance of x₀
+LONGEST, LONGEST_BY_PATH = 1.0, {True: 0.7, False: 0.5}  # True: with the covariance of x₀
 BISECTIONS = 9
 WARMUP = 3
 
@@ -62,7 +63,7 @@ def adaptive_times(
     schedule = path.schedule
     end, here = float(np.asarray(program.ladder.times)[-1]), noisy_end(schedule, t_max)
     finish = float(schedule.log_snr(end))
-    longest = LONGEST[plan.weights != "path" or is_small(path)]
+    longest = LONGEST_BY_PATH[is_small(path)] if plan.weights == "path" else LONGEST
     key = as_key(rng_key)
     log_step = jnp.log(jnp.asarray(plan.kernel.initial_step_size(program.dimension), float))
     times = [float(schedule.time(here))]
