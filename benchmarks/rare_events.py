@@ -4,7 +4,7 @@ The event is a likelihood: a step Φ((x₁ − τ)/S) at the threshold τ, whose
 at the end. On the way down it is the probability of that step given x_t, were the prior a Gaussian: first one of the
 mixture's own mean and variance, then one whose tail beyond τ has the probability and the mean excess that a first run
 of 500 particles found. Ratio: estimated over exact probability; CV: its standard deviation over seeds. The budget is
-100,000 evaluations a run, of a gradient or of all derivatives of a score; what the first run and the placing of the
+100,000 evaluations a run, of a gradient or of one derivative of a score; what the first run and the placing of the
 ladder by conditional ESS take, once for all seeds, is not counted.
 Particles move between levels by the model's reverse kernels, and are weighed by energies or by scores alone.
 Nearly all of a rare event hangs on a few particles: they are resampled at every level, before transitions scatter them.
@@ -113,10 +113,10 @@ def prepared(threshold, crossing, how):
     return lambda n: lehr.AnnealedSMC(path, num_particles=n, **options)
 
 
-def main(seeds=24, thresholds=(7.0, 8.0, 9.0, 10.0)):
+def main(seeds=24):
     rows, results = [], {}
     for name, how in (("energies", BY_ENERGIES), ("scores", BY_SCORES)):
-        for threshold in thresholds:
+        for threshold in (7.0, 8.0, 9.0, 10.0):
             jax.clear_caches()  # programs of the last threshold
             beyond = stats.norm.sf(threshold, LOCS[:, 0], np.sqrt(COVARIANCES[:, 0, 0]))
             exact = float(MASSES @ beyond)

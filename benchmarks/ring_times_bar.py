@@ -60,7 +60,7 @@ def ours(prior):
     return {
         "AnnealedSMC, HMC": smc(lehr.HMC(3), 28, 1, **tuned),
         "AnnealedSMC, MALA": smc(lehr.MALA(), 28, 5, **tuned),
-        "AnnealedSMC, path, HMC from scores": smc(lehr.HMC(2, **SCORES), 26, 1, weights="path", pilot=32),
+        "AnnealedSMC, path, HMC from scores": smc(lehr.HMC(2, **SCORES), 23, 1, weights="path", pilot=32),
         "AnnealedSMC, path, MALA from scores": smc(lehr.MALA(**SCORES), 36, 1, weights="path", pilot=32),
         "AnnealedMCMC, HMC": mcmc(lehr.HMC(3), 28, 1, **tuned),
         "AnnealedMCMC, HMC from scores": mcmc(lehr.HMC(3, **SCORES), 28, 1, **tuned),

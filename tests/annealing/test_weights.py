@@ -110,14 +110,14 @@ def product(sigma):
     return evidence, variance * alpha * (P_LOC / p + Q_LOC / q), variance
 
 
-def agrees(run, scatter=0.1, effective=N / 2):
-    """Within four standard errors, which are at most ``scatter`` of the evidence, with so many effective particles."""
+def agrees(run, scatter=0.1):
+    """Within four standard errors, which are at most ``scatter``, at half of N effective."""
     evidence, mean, variance = product(run.levels["sigma"][-1])
     assert run.log_evidence_se < scatter
     assert abs(run.log_evidence - evidence) < 4 * max(run.log_evidence_se, 1e-3)
     x = run.get_samples()["x"]
-    assert np.abs((x.mean(0) - mean) / np.sqrt(variance / effective)).max() < 4
-    assert np.abs(x.var(0) / variance - 1).max() < 4 * np.sqrt(2 / effective)
+    assert np.abs((x.mean(0) - mean) / np.sqrt(2 * variance / N)).max() < 4
+    assert np.abs(x.var(0) / variance - 1).max() < 4 * np.sqrt(2 * 2 / N)
 
 
 @pytest.fixture(scope="module")
@@ -131,14 +131,13 @@ def both():
         {"predictor": "ancestral"},
         {"predictor": None},
         {"weights": "path"},
-        {"weights": "path", "num_steps": 0, "num_warmup": 0},
+        {"weights": "path", "num_steps": 0, "num_warmup": 0, "ladder": 96},
     ],
     ids=str,
 )
 def test_all_weights_give_the_evidence_and_the_moments_of_a_product(options):
-    # with nothing but reverse kernels at 16 levels the log evidence scatters by .26 over 48 seeds: few families stay
-    sparse = (0.5, 1 / 0.26**2) if options.get("num_steps") == 0 else ()
-    agrees(lehr.AnnealedSMC(P * Q, **RUN | options).run(0), *sparse)
+    # with nothing but reverse kernels half of the particles are effective on 96 levels, and not on 16
+    agrees(lehr.AnnealedSMC(P * Q, **RUN | options).run(0), 0.26 if options.get("num_steps") == 0 else 0.1)
 
 
 def test_so_do_both_at_once_and_of_exact_energies_there_is_no_gap(both):

@@ -254,7 +254,7 @@ def errors(potential, log_snr, step, n=2000):
             delta = -jnp.expm1(levels[0].log_snr - levels[1].log_snr)
             forward = stats_logpdf(x, levels[0].alpha / levels[1].alpha * to, levels[0].sigma * jnp.sqrt(delta))
             log_ratio = log_ratio + log_proposal - forward
-            lacks = correction(path, behind, {"x": to}, expect(path, {"x": to}, t), t_from, t)
+            lacks = correction(path, made.kernels, {"x": to}, expect(path, {"x": to}, t), t_from, t)
             exact = potential.log_density(to, t) - potential.log_density(x, t_from)
             return log_ratio - exact, log_ratio + lacks - exact
 

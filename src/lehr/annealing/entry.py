@@ -104,8 +104,8 @@ class Entry:
             return self.structure.start_density(self.constants, chain.position, t) - chain.logdensity
 
         def on() -> jax.Array:
-            behind, step = self._reverse_step(chain, t_from, t)
-            by_path = step.log_stay + self._correction(behind, chain.position, arrived, t_from, t)
+            step = self._reverse_step(chain, t_from, t)
+            by_path = step.log_stay + self._correction(step, chain.position, arrived, t_from, t)
             return by_path + self._others(chain.position, t) - self._others(chain.position, t_from)
 
         by_path = jax.lax.cond(k == 0, start, on)
@@ -139,10 +139,10 @@ class Entry:
         if plan.follows_path:
             t_from, t = self.times[before], self.times[k]
             x_noisy, put = self._split(chain.position)
-            behind, step = self._reverse_step(chain, t_from, t)
+            step = self._reverse_step(chain, t_from, t)
             x, log_path, log_proposal = step.draw(rng_key)
             position, log_noising = put(x), log_forward(x, x_noisy, self._level(before), self._level(k))
-            log_path += self._correction(behind, position, self._arrived(position, t), t_from, t)
+            log_path += self._correction(step, position, self._arrived(position, t), t_from, t)
             return position, log_noising - log_proposal, log_path
         start, put = self._departure(chain, before, k)
         if plan.is_informed:
@@ -156,21 +156,23 @@ class Entry:
         assert plan.predictor is not None
         return put(plan.predictor.move(rng_key, start)), jnp.zeros(()), jnp.zeros(())
 
-    def _reverse_step(self, chain: Any, t_from: jax.Array, t: jax.Array) -> tuple[Any, ReverseStep]:
-        """A reverse step, and what is expected where it begins."""
+    def _reverse_step(self, chain: Any, t_from: jax.Array, t: jax.Array) -> ReverseStep:
         behind = self.structure.expect(self.constants, chain.position, t_from)
         gradient = self.plan.kernel.gradient(chain)
-        return behind, self.structure.reverse_step(self.constants, chain.position, behind, gradient, t_from, t)
+        step: ReverseStep = self.structure.reverse_step(self.constants, chain.position, behind, gradient, t_from, t)
+        return step
 
     def _arrived(self, position: Position, t: jax.Array) -> Any:
         """What is expected where a step ends, if that is asked: the network call is the one of the refresh."""
         return self.structure.expect(self.constants, position, t) if "correction" in self.structure else None
 
-    def _correction(self, behind: Any, position: Position, arrived: Any, t_from: jax.Array, t: jax.Array) -> jax.Array:
+    def _correction(
+        self, step: ReverseStep, position: Position, arrived: Any, t_from: jax.Array, t: jax.Array
+    ) -> jax.Array:
         """What the ratio of a reverse step lacks."""
         if arrived is None:
             return jnp.zeros(())
-        return self.structure.correction(self.constants, behind, position, arrived, t_from, t)
+        return self.structure.correction(self.constants, step.kernels, position, arrived, t_from, t)
 
     def _departure(self, chain: Any, before: jax.Array, k: jax.Array) -> tuple[Departure, Any]:
         """Where a predictor starts from, and how to put what it returns in the place of x."""

@@ -30,7 +30,7 @@ from lehr.annealing.loop import Anneal, LevelStats, num_loops
 from lehr.annealing.plan import Plan
 from lehr.annealing.tuning import SHORT_SHARE, Tuning
 from lehr.programs.path import Path
-from lehr.programs.ratios import is_small
+from lehr.programs.ratios import num_derivatives
 
 __all__ = ["Run", "Trial", "make_run", "record"]
 
@@ -286,8 +286,8 @@ def _evaluations(path: Path, plan: Plan, result: Anneal, trial: Trial | None) ->
     k = result.levels.evaluations.size
     between = 1.0  # the refresh
     if plan.follows_path:
-        between += (1 + is_small(path)) * (k - 1) / k  # to leave a level
-        between += is_small(path) if plan.weights == "path" else 0  # and the derivatives where a step arrives
+        between += (1 + num_derivatives(path)) * (k - 1) / k  # to leave a level
+        between += num_derivatives(path) if plan.weights == "path" else 0  # and the derivatives where a step arrives
     elif plan.predictor is not None:
         between += plan.predictor.evaluations * (k - 1) / k
     starts = plan.num_starts if plan.num_starts > 1 else 0

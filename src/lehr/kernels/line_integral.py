@@ -104,10 +104,10 @@ def line_integral(num_nodes: int = 3) -> Callable[..., Any]:
     Args:
         num_nodes: of Lobatto's rule on each position update, 2 to 5.
     """
+    nodes, weights = NODES[num_nodes]
 
     def integrator(logdensity_fn: PartlyKnown, kinetic_energy_fn: Callable[..., jax.Array]) -> Any:
         velocity, score = jax.grad(kinetic_energy_fn), jax.grad(logdensity_fn.unknown)
-        nodes, weights = NODES[num_nodes]
 
         def one_step(state: IntegratorState, step_size: jax.Array) -> IntegratorState:
             q, old = state.position, state.logdensity_grad

@@ -77,8 +77,11 @@ def close(path: Path, names: Iterable[str] = ALWAYS) -> tuple[Structure, Constan
     constants: dict[str, list[Any]] = {}
     digest = hashlib.sha256()
     names = list(names)
-    expected = jax.eval_shape(functools.partial(expect, path), position, t) if "expect" in names else None
-    signatures = _signatures(path, position, key, t, expected)
+    expected = kernels = None
+    if "expect" in names:
+        expected = jax.eval_shape(functools.partial(expect, path), position, t)
+        kernels = jax.eval_shape(functools.partial(reverse_step, path), position, expected, position, t, t).kernels
+    signatures = _signatures(path, position, key, t, expected, kernels)
     for name in names:
         function, arguments = signatures[name]
         traced, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
@@ -95,7 +98,7 @@ def close(path: Path, names: Iterable[str] = ALWAYS) -> tuple[Structure, Constan
 
 
 def _signatures(
-    path: Path, position: Any, key: Any, t: Any, expected: Any
+    path: Path, position: Any, key: Any, t: Any, expected: Any, kernels: Any
 ) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     return {
         "log_density": (path.surrogate, (position, t)),
@@ -108,7 +111,7 @@ def _signatures(
         "moments": (path.moments, (position, t)),
         "expect": (functools.partial(expect, path), (position, t)),
         "reverse_step": (functools.partial(reverse_step, path), (position, expected, position, t, t)),
-        "correction": (functools.partial(correction, path), (expected, position, expected, t, t)),
+        "correction": (functools.partial(correction, path), (kernels, position, expected, t, t)),
         "start_density": (functools.partial(start_density, path), (position, t)),
     }
 

@@ -23,8 +23,8 @@ constant adds up along the way. H_n is an eigenfunction of uᵀ∇ − tr(S∇²
 
     e_i(x) ≈ ⅓ (uᵀ∇e_i − tr(S∇²e_i)) − (1/12) tr((S∇²e_i)²),   u = x − m.
 
-The covariance costs one derivative of the denoiser for each coordinate of an event, and is counted as one more
-evaluation. It is used for events of up to :data:`SMALL` numbers.
+The covariance costs one derivative of the denoiser for each coordinate of an event, each counted as an evaluation. It
+is used for events of up to :data:`SMALL` numbers.
 
 References:
     Wu, Trippe, Naesseth, Blei & Cunningham, Practical and asymptotically exact conditional sampling in
@@ -51,7 +51,7 @@ from lehr.schedules import Schedule
 
 __all__ = [
     "SMALL", "Expected", "Level", "ReverseKernel", "by_event", "correction", "expect", "is_small", "log_forward",
-    "lost_share", "over_factors", "reverse_kernel",
+    "lost_share", "num_derivatives", "over_factors", "reverse_kernel",
 ]  # fmt: skip
 
 SMALL = 16
@@ -113,7 +113,13 @@ class ReverseKernel(NamedTuple):
 
 def is_small(path: Path) -> bool:
     """Whether x is small enough for covariances."""
-    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(path.origin))) <= SMALL
+    return num_derivatives(path) > 0
+
+
+def num_derivatives(path: Path) -> int:
+    """How many derivatives of the denoiser a covariance takes, each an evaluation; 0 where it is not used."""
+    size = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(path.origin)))
+    return size if size <= SMALL else 0
 
 
 def expect(path: Path, position: Position, t: ArrayLike) -> dict[str, list[Expected]]:
@@ -138,7 +144,7 @@ def reverse_kernel(e: Expected, noisy: Level, clean: Level) -> ReverseKernel:
 
 def correction(
     path: Path,
-    expected_from: dict[str, list[Expected]],
+    kernels: dict[str, list[ReverseKernel]],
     position: Position,
     expected: dict[str, list[Expected]],
     t_from: ArrayLike,
@@ -148,19 +154,16 @@ def correction(
 
     Args:
         path: bound, of diffusion models.
-        expected_from: behind the position at ``t_from`` that the step began at.
+        kernels: r_i, of the step that began at ``t_from``.
         position: where it ended, at ``t_to``.
-        expected: behind that.
+        expected: behind it.
         t_from: the noisier level.
         t_to: the cleaner level.
     """
     noisy, clean = Level.of(path.schedule, t_from), Level.of(path.schedule, t_to)
-    pairs = jax.tree.map(lambda *pair: pair, expected_from, expected, is_leaf=lambda e: isinstance(e, Expected))
+    pairs = jax.tree.map(lambda *pair: pair, kernels, expected, is_leaf=lambda r: isinstance(r, ReverseKernel))
 
-    def shortfall(x: jax.Array, pair: tuple[Expected, Expected]) -> jax.Array:
-        return _shortfall(reverse_kernel(pair[0], noisy, clean), pair[1], noisy, clean)
-
-    return over_factors(path, position, t_to, pairs, shortfall)
+    return over_factors(path, position, t_to, pairs, lambda x, pair: _shortfall(pair[0], pair[1], noisy, clean))
 
 
 def lost_share(noisy: Level, clean: Level) -> jax.Array:

@@ -35,6 +35,7 @@ from lehr.programs.path import Path, Position, total_log_prob
 from lehr.programs.ratios import (
     Expected,
     Level,
+    ReverseKernel,
     by_event,
     is_small,
     log_forward,
@@ -65,6 +66,7 @@ class ReverseStep(NamedTuple):
         log_stay: log Π (r_i/f)^{w_i} for a chain that stays where it is: the change of log density there.
         excess: what had to be added to the precision of G to make a density of it, laid out as ``root``:
             zeros, but for powers and contrasts that are none.
+        kernels: r_i, for each factor of each site.
     """
 
     x_noisy: jax.Array
@@ -77,6 +79,7 @@ class ReverseStep(NamedTuple):
     log_weight: jax.Array
     log_stay: jax.Array
     excess: jax.Array
+    kernels: dict[str, list[ReverseKernel]]
 
     def draw(self, rng_key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x, flat, and log G(x) − log K(x), and log K(x)."""
@@ -132,7 +135,7 @@ def reverse_step(
         lambda w: path.aside(position | unravel(mean + _times(root, w)), t_to), _times(root, pull), root
     )
     log_stay = constant - log_forward(flat, flat, noisy, clean)
-    return ReverseStep(flat, mean, root, -log_det / 2, shift, narrow, log_narrow, log_weight, log_stay, excess)
+    return ReverseStep(flat, mean, root, -log_det / 2, shift, narrow, log_narrow, log_weight, log_stay, excess, kernels)
 
 
 def start_density(path: Path, position: Position, t: ArrayLike) -> jax.Array:
