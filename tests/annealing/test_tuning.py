@@ -211,6 +211,25 @@ def test_more_levels_for_more_of_the_particles_and_all_lead_to_the_end():
     assert 3 <= sizes[0] < sizes[1]
 
 
+def test_by_path_weights_levels_are_close_where_modes_part_and_far_apart_elsewhere():
+    """All increments of a lone model are 1, whatever the step: what bounds it is how far off reverse kernels are."""
+    two = lehr.GaussianMixture([[-1.0], [1.0]], 0.1)
+    ladder = lehr.Ladder.adaptive(two, 0.5, num_particles=256, num_steps=1, weights="path", t_min=1e-3)
+    log_snr = np.asarray(two.schedule.log_snr(ladder.times))
+    steps = np.diff(log_snr)
+    assert steps.max() == pytest.approx(1.4, abs=0.01)
+    assert steps[np.searchsorted(log_snr, 1.0) - 1] < 0.6  # the noise as wide as half the way between the modes
+    run = lehr.AnnealedSMC(two, ladder=ladder, num_steps=1, weights="path", pilot=32, progress=False).run(0)
+    assert 0.05 < run.levels["correction"].max() < 0.15
+    assert abs(run.log_evidence) < 0.01 + 3 * 0.003  # .003: by which runs of a thousand scatter
+
+
+def test_a_gaussian_needs_no_correction_and_so_no_close_levels():
+    ladder = lehr.Ladder.adaptive(NORMAL, 0.5, num_particles=64, num_steps=1, weights="path", t_min=1e-2)
+    steps = np.diff(np.asarray(NORMAL.schedule.log_snr(ladder.times)))
+    np.testing.assert_allclose(steps[:-1], 1.4, atol=0.01)
+
+
 @pytest.mark.parametrize("ess", [0.0, 1.0, -0.5, 1.5])
 def test_a_share_of_the_particles_lies_between_none_and_all(ess):
     with pytest.raises(ValueError, match="ess"):

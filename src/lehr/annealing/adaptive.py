@@ -4,8 +4,10 @@ From level t' the next one, t, is the farthest at which (Σ W w)²/Σ W w² ≥ 
 normalised weights and w(t) the incremental ones, found by bisection in log-SNR under common random
 numbers. What particles see of a long step may be too good to be true: path weights of a lone score are 1 however far
 it goes, though their reverse kernels are approximations; and in many dimensions a proposal that misses modes is weighed
-where it goes and not where it does not. A step is at most :data:`LONGEST` in log-SNR, by path weights
-:data:`LONGEST_BY_PATH`: at a step of .9 a rare event's evidence by scores gained .015, at .7 nothing that showed.
+where it goes and not where it does not. So a step is at most :data:`LONGEST` in log-SNR. By path weights it is no
+longer than what their correction, which tells how far off reverse kernels are, allows: :data:`LARGEST_CORRECTION`, root
+mean square. Where modes part, that makes steps of .7 or so (by steps of .9 a rare event's evidence from scores gained
+.015), and far from there long ones. Where nothing tells, a step by path weights is at most :data:`LONGEST_UNTOLD`.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ from lehr.programs.ratios import Level, is_small
 
 __all__ = ["adaptive_times"]
 
-LONGEST, LONGEST_BY_PATH = 1.0, {True: 0.7, False: 0.5}  # True: with the covariance of x₀
+LONGEST, LONGEST_TOLD, LONGEST_UNTOLD = 1.0, 1.4, 0.5  # by energies; by path weights with a correction, without
+LARGEST_CORRECTION = 0.1  # nats: of two modes that part, the log evidence is then .007 off
 BISECTIONS = 9
 WARMUP = 3
 
@@ -63,7 +66,7 @@ def adaptive_times(
     schedule = path.schedule
     end, here = float(np.asarray(program.ladder.times)[-1]), noisy_end(schedule, t_max)
     finish = float(schedule.log_snr(end))
-    longest = LONGEST_BY_PATH[is_small(path)] if plan.weights == "path" else LONGEST
+    longest = (LONGEST_TOLD if is_small(path) else LONGEST_UNTOLD) if plan.weights == "path" else LONGEST
     key = as_key(rng_key)
     log_step = jnp.log(jnp.asarray(plan.kernel.initial_step_size(program.dimension), float))
     times = [float(schedule.time(here))]
@@ -82,14 +85,15 @@ def adaptive_times(
             )
         key_level = jax.random.fold_in(key, len(times))
 
-        def share(there: float) -> float:
-            return float(_share(structure, plan, constants, *rungs(here, there), state, key_level))  # noqa: B023
+        def follow(there: float) -> bool:
+            kept, correction = _step(structure, plan, constants, *rungs(here, there), state, key_level)  # noqa: B023
+            return bool((kept >= ess) & (correction <= LARGEST_CORRECTION))
 
         near, far = here, min(finish, here + longest)
-        if share(far) < ess:
+        if not follow(far):
             for _ in range(BISECTIONS):
                 middle = (near + far) / 2
-                near, far = (middle, far) if share(middle) >= ess else (near, middle)
+                near, far = (middle, far) if follow(middle) else (near, middle)
             far = max(near, here + (far - here) / 4)  # the least that is taken, whatever the share
         state = _settle(structure, plan, constants, *rungs(here, far), jnp.asarray(1), state, key_level)
         here = far
@@ -109,7 +113,7 @@ def _begin(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _share(
+def _step(
     structure: Structure,
     plan: Plan,
     constants: Constants,
@@ -117,12 +121,13 @@ def _share(
     levels: Level,
     state: Any,
     rng_key: jax.Array,
-) -> jax.Array:
-    """The conditional ESS of a step from the first of two times to the second."""
+) -> tuple[jax.Array, jax.Array]:
+    """The conditional ESS of a step from the first of two times to the second, and its correction."""
     particles, _, bend, _ = state
     enter = Entry(structure, plan, constants, times, levels)
     entered = enter(jnp.asarray(1), particles, bend, None, jax.random.fold_in(rng_key, 0))
-    return conditional_ess(particles.log_weights, entered.increment)
+    squared = jnp.sum(jnp.exp(particles.log_weights) * entered.correction**2)
+    return conditional_ess(particles.log_weights, entered.increment), jnp.sqrt(squared)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

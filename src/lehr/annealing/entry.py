@@ -38,16 +38,18 @@ class Entered(NamedTuple):
     """The chains at the level entered.
 
     Attributes:
+        moves: whether chains moved to it.
         chains: refreshed kernel states.
         increment: what each log weight gains, (N,).
         gap: energy increment less path increment, (N,); zeros unless both are asked for.
-        moves: whether chains moved to it.
+        correction: by which the path increment had to be corrected, (N,); zeros where nothing tells.
     """
 
+    moves: jax.Array
     chains: Any
     increment: jax.Array
     gap: jax.Array
-    moves: jax.Array
+    correction: jax.Array
 
 
 class Entry:
@@ -72,9 +74,6 @@ class Entry:
         is_first = k == 0
         keys = per_chain(rng_key, self.plan.num_chains)
         chains = particles.chains
-        if self.plan.predictor is None and not self.plan.follows_path:
-            fresh, gained, gap = self.plan.layout.over(lambda chain: self._stay(chain, k))(chains)
-            return Entered(fresh, gained, gap, jnp.zeros((), bool))
 
         def stay() -> Any:
             return self.plan.layout.over(lambda chain: self._stay(chain, k))(chains)
@@ -82,48 +81,53 @@ class Entry:
         def move() -> Any:
             return self.plan.layout.over(lambda chain, key: self._move(chain, key, k, curvature))(chains, keys)
 
+        if self.plan.predictor is None and not self.plan.follows_path:
+            return Entered(jnp.zeros((), bool), *stay())
+
         if moves is None and self.plan.chooses:
             both = stay(), move()
-            ess_stay, ess_move = (conditional_ess(overall(particles), gained) for _, gained, _ in both)
+            ess_stay, ess_move = (conditional_ess(overall(particles), gained) for _, gained, *_ in both)
             better = (1 - ess_move < self.plan.chooses * (1 - ess_stay)) & ~is_first
-            chains, increment, gap = jax.tree.map(lambda a, b: jnp.where(better, b, a), *both)
-            return Entered(chains, increment, gap, better)
+            return Entered(better, *jax.tree.map(lambda a, b: jnp.where(better, b, a), *both))
         given = ~is_first if moves is None or not self.plan.chooses else moves & ~is_first
-        chains, increment, gap = jax.lax.cond(given, move, stay)
-        return Entered(chains, increment, gap, given)
+        return Entered(given, *jax.lax.cond(given, move, stay))
 
-    def _stay(self, chain: Any, k: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
+    def _stay(self, chain: Any, k: jax.Array) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
+        """The chain refreshed, with its increment, gap and correction."""
         t = self.times[k]
         fresh = self.plan.kernel.refresh(chain, target_at(self.structure, self.constants, t))
         by_energy = fresh.logdensity - chain.logdensity
         if not self.plan.follows_path:
-            return fresh, by_energy, jnp.zeros(())
+            return fresh, by_energy, jnp.zeros(()), jnp.zeros(())
         t_from, arrived = self.times[jnp.maximum(k - 1, 0)], self._arrived(chain.position, t)
 
-        def start() -> jax.Array:
-            return self.structure.start_density(self.constants, chain.position, t) - chain.logdensity
+        def start() -> tuple[jax.Array, jax.Array]:
+            density = self.structure.start_density(self.constants, chain.position, t)
+            return density - chain.logdensity, jnp.zeros(())
 
-        def on() -> jax.Array:
+        def on() -> tuple[jax.Array, jax.Array]:
             step = self._reverse_step(chain, t_from, t)
-            by_path = step.log_stay + self._correction(step, chain.position, arrived, t_from, t)
-            return by_path + self._others(chain.position, t) - self._others(chain.position, t_from)
+            correction = self._correction(step, chain.position, arrived, t_from, t)
+            others = self._others(chain.position, t) - self._others(chain.position, t_from)
+            return step.log_stay + correction + others, correction
 
-        by_path = jax.lax.cond(k == 0, start, on)
-        return fresh, self._gained(fresh, by_energy, by_path), by_energy - by_path
+        by_path, correction = jax.lax.cond(k == 0, start, on)
+        return fresh, self._gained(fresh, by_energy, by_path), by_energy - by_path, correction
 
     def _move(
         self, chain: Any, rng_key: jax.Array, k: jax.Array, curvature: jax.Array
-    ) -> tuple[Any, jax.Array, jax.Array]:
+    ) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
+        """The chain where it went, with its increment, gap and correction."""
         before = jnp.maximum(k - 1, 0)
         t_from, t = self.times[before], self.times[k]
-        position, log_energy, log_path = self._propose(chain, rng_key, before, k, curvature)
+        position, log_energy, log_path, correction = self._propose(chain, rng_key, before, k, curvature)
         target = target_at(self.structure, self.constants, t)
         fresh = self.plan.kernel.refresh(chain._replace(position=position), target)
         by_energy = fresh.logdensity - chain.logdensity + log_energy
         if not self.plan.follows_path:
-            return fresh, by_energy, jnp.zeros(())
-        by_path = log_path + self._others(position, t) - self._others(chain.position, t_from)
-        return fresh, self._gained(fresh, by_energy, by_path), by_energy - by_path
+            return fresh, by_energy, jnp.zeros(()), jnp.zeros(())
+        by_path = log_path + correction + self._others(position, t) - self._others(chain.position, t_from)
+        return fresh, self._gained(fresh, by_energy, by_path), by_energy - by_path, correction
 
     def _gained(self, fresh: Any, by_energy: jax.Array, by_path: jax.Array) -> jax.Array:
         """The increment that counts; by the path nothing says that a place is out of bounds but a score that breaks."""
@@ -133,17 +137,17 @@ class Entry:
 
     def _propose(
         self, chain: Any, rng_key: jax.Array, before: jax.Array, k: jax.Array, curvature: jax.Array
-    ) -> tuple[Position, jax.Array, jax.Array]:
-        """x, with log f − log K and log Π (r_i/f)^{w_i} + log f − log K."""
-        plan = self.plan
+    ) -> tuple[Position, jax.Array, jax.Array, jax.Array]:
+        """x, with log f − log K, log Π (r_i/f)^{w_i} + log f − log K, and what that lacks."""
+        plan, zero = self.plan, jnp.zeros(())
         if plan.follows_path:
             t_from, t = self.times[before], self.times[k]
             x_noisy, put = self._split(chain.position)
             step = self._reverse_step(chain, t_from, t)
             x, log_path, log_proposal = step.draw(rng_key)
             position, log_noising = put(x), log_forward(x, x_noisy, self._level(before), self._level(k))
-            log_path += self._correction(step, position, self._arrived(position, t), t_from, t)
-            return position, log_noising - log_proposal, log_path
+            correction = self._correction(step, position, self._arrived(position, t), t_from, t)
+            return position, log_noising - log_proposal, log_path, correction
         start, put = self._departure(chain, before, k)
         if plan.is_informed:
             assert isinstance(plan.predictor, Ancestral)
@@ -152,9 +156,9 @@ class Entry:
             noise = jax.random.normal(rng_key, mean.shape)
             x = mean + std * noise
             log_proposal = jnp.sum(norm.logpdf(noise) - jnp.log(std))
-            return put(x), log_forward(x, start.x, start.noisy, start.clean) - log_proposal, jnp.zeros(())
+            return put(x), log_forward(x, start.x, start.noisy, start.clean) - log_proposal, zero, zero
         assert plan.predictor is not None
-        return put(plan.predictor.move(rng_key, start)), jnp.zeros(()), jnp.zeros(())
+        return put(plan.predictor.move(rng_key, start)), zero, zero, zero
 
     def _reverse_step(self, chain: Any, t_from: jax.Array, t: jax.Array) -> ReverseStep:
         behind = self.structure.expect(self.constants, chain.position, t_from)

@@ -30,7 +30,7 @@ from lehr.annealing.loop import Anneal, LevelStats, num_loops
 from lehr.annealing.plan import Plan
 from lehr.annealing.tuning import SHORT_SHARE, Tuning
 from lehr.programs.path import Path
-from lehr.programs.ratios import num_derivatives
+from lehr.programs.ratios import is_small, num_derivatives
 
 __all__ = ["Run", "Trial", "make_run", "record"]
 
@@ -51,7 +51,9 @@ class Run:
             the particles is left by what weights gained on the way there), ``ess_weights``, ``log_evidence``,
             ``resampled``, ``survivors`` (distinct ancestors), ``diverging`` (transitions), ``nonfinite`` (chains whose
             log density or gradient was not finite on entry); with both kinds of weights ``gap`` (energy less path,
-            nats); with scores ``loop_integral`` (root mean square of ∮ s·dx over triangles of one scale, nats).
+            nats); with path weights of small events ``correction`` (root mean square of what the ratio by a reverse
+            kernel lacks, nats: where it is no small part of one, levels are too far apart); with scores
+            ``loop_integral`` (root mean square of ∮ s·dx over triangles of one scale, nats).
         attrs: how the run was made, and what it cost.
         tuning: the steps that were taken and their levels, for another run.
         particles: a weighted run's weighted set, by site, shape (N, *site); empty otherwise.
@@ -238,6 +240,8 @@ def record(
         }
     if plan.weights == "both":
         levels["gap"] = host.levels.gap
+    if plan.weights == "path" and is_small(path):
+        levels["correction"] = host.levels.correction
     if path.score_sites:
         levels["loop_integral"] = host.levels.loop_integral
     by_chain = jax.tree.map(lambda leaf: np.swapaxes(leaf, 0, 1), host.draws)
