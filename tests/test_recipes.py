@@ -102,6 +102,15 @@ def test_guided_is_one_model_stretched_by_the_other(recipes):
     np.testing.assert_allclose(recipes["guided"].log_density(x, 0.3), want, rtol=1e-5)
 
 
+def test_a_class_is_divided_out_or_left_out(recipes):
+    x, of_label = jnp.asarray(Y), recipes["of_label"]
+    of_class = np.array([of_label(k).log_density(x, 0.3) for k in range(10)])
+    want = 1.038 * recipes["prior"].log_density(x, 0.3) - 0.038 * of_class[8]
+    np.testing.assert_allclose(recipes["hardly_an_8"].log_density(x, 0.3), want, rtol=1e-5)
+    others = jax.nn.logsumexp(np.delete(of_class, 8)) - np.log(9)
+    np.testing.assert_allclose(recipes["not_an_8"].log_density(x, 0.3), others, rtol=1e-5)
+
+
 def test_afterwards_runs_as_written(recipes):
     exec(BLOCKS[-1], recipes)
     assert recipes["tree"]["posterior_predictive"]["y"].shape == (4, 16, 8, 8)
