@@ -125,10 +125,17 @@ def test_a_class_divided_out_is_gone(without_eights, judge):
 
 
 @pytest.mark.slow
-def test_the_classes_that_are_not_divided_out_stay_as_they_were(without_eights, judge):
+@pytest.mark.xfail(reason="the score is .71", strict=True)
+def test_the_classes_that_are_not_divided_out_stay_as_they_were(without_eights):
+    others = held_out(500, np.flatnonzero(np.arange(10) != 8))
+    assert np.mean([two_sample_score(x[::2], others) for x in without_eights]) < 0.65
+
+
+@pytest.mark.slow
+def test_each_of_them_stays_as_it_was(without_eights, judge):
     """Class by class: which are frequent a contrast does change, by how little they are like the class divided out."""
     scores = [two_sample_score(*class_by_class(x, held_out(500), judge)) for x in without_eights]
-    assert np.mean(scores) < 0.65 + 0.01
+    assert np.mean(scores) < 0.65
 
 
 @pytest.mark.slow

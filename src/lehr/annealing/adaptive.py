@@ -5,7 +5,7 @@ normalised weights and w(t) the incremental ones, found by bisection in log-SNR 
 numbers. What particles see of a long step may be too good to be true: path weights of a lone score are 1 however far
 it goes, though their reverse kernels are approximations; and in many dimensions a proposal that misses modes is weighed
 where it goes and not where it does not. So a step is at most :data:`LONGEST` in log-SNR. By path weights it is no
-longer than what their correction, which tells how far off reverse kernels are, allows: :data:`LARGEST_CORRECTION`, root
+longer than what their correction, which tells how far off reverse kernels are, allows: :data:`FARTHEST_OFF`, root
 mean square. Where modes part, that makes steps of .7 or so (by steps of .9 a rare event's evidence from scores gained
 .015), and far from there long ones. Where nothing tells, a step by path weights is at most :data:`LONGEST_UNTOLD`.
 """
@@ -37,7 +37,7 @@ from lehr.programs.ratios import Level, is_small
 __all__ = ["adaptive_times"]
 
 LONGEST, LONGEST_TOLD, LONGEST_UNTOLD = 1.0, 1.4, 0.5  # by energies; by path weights with a correction, without
-LARGEST_CORRECTION = 0.1  # nats: of two modes that part, the log evidence is then .007 off
+FARTHEST_OFF = 0.1  # nats: of two modes that part, the log evidence is then .007 off
 BISECTIONS = 9
 WARMUP = 3
 
@@ -87,7 +87,7 @@ def adaptive_times(
 
         def follow(there: float) -> bool:
             kept, correction = _step(structure, plan, constants, *rungs(here, there), state, key_level)  # noqa: B023
-            return bool((kept >= ess) & (correction <= LARGEST_CORRECTION))
+            return bool((kept >= ess) & (correction <= FARTHEST_OFF))
 
         near, far = here, min(finish, here + longest)
         if not follow(far):
@@ -126,8 +126,8 @@ def _step(
     particles, _, bend, _ = state
     enter = Entry(structure, plan, constants, times, levels)
     entered = enter(jnp.asarray(1), particles, bend, None, jax.random.fold_in(rng_key, 0))
-    squared = jnp.sum(jnp.exp(particles.log_weights) * entered.correction**2)
-    return conditional_ess(particles.log_weights, entered.increment), jnp.sqrt(squared)
+    kept = conditional_ess(particles.log_weights, entered.increment)
+    return kept, entered.typical_correction(particles.log_weights)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -51,6 +51,10 @@ class Entered(NamedTuple):
     gap: jax.Array
     correction: jax.Array
 
+    def typical_correction(self, log_weights: jax.Array) -> jax.Array:
+        """Its root mean square over the chains, by their normalised weights before the level."""
+        return jnp.sqrt(jnp.sum(jnp.exp(log_weights) * self.correction**2))
+
 
 class Entry:
     """``enter(k, particles, curvature, moves, key) -> Entered`` for one run."""

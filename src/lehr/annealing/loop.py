@@ -183,7 +183,9 @@ def advance(
         if plan.is_tuned:
             log_step, bend, decided = jnp.log(tuning.step_size[k]), tuning.curvature[k - 1], tuning.moves[k]
         entered = enter(k, particles, bend, decided, key_enter)
-        gap, squared = (_mean_of_finite(v, overall(particles)) for v in (entered.gap, entered.correction**2))
+        finite_gap = jnp.where(jnp.isfinite(entered.gap), entered.gap, 0.0)
+        gap = jnp.sum(finite_gap * jnp.exp(overall(particles)))
+        correction = entered.typical_correction(overall(particles))
         particles = particles._replace(chains=entered.chains)
         resampled, ess, kept = jnp.zeros((), bool), jnp.asarray(float(plan.num_chains)), jnp.ones(())
         if plan.weights:
@@ -215,7 +217,7 @@ def advance(
             nonfinite=jnp.sum(~jax.vmap(is_sound)((entered.chains.logdensity, gradients(entered.chains)))),
             evaluations=jnp.mean(moved.evaluations),
             gap=gap,
-            correction=jnp.sqrt(squared),
+            correction=correction,
             loop_integral=_loops(structure, plan, constants, chains, inverse_mass, times[k], key_loops),
             inverse_mass=inverse_mass,
             curvature=bend,
@@ -270,10 +272,6 @@ def _laid_out(state: State, plan: Plan) -> State:
     log_evidence, scatter = shared.particles
     particles = Particles(chains, log_weights, log_evidence, ancestors, scatter)
     return shared._replace(particles=particles, draws=layout.spread(draws, axis=1))
-
-
-def _mean_of_finite(values: jax.Array, log_weights: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.where(jnp.isfinite(values), values, 0.0) * jnp.exp(log_weights))
 
 
 def _still(points: tuple[Position, jax.Array]) -> Draws:

@@ -290,8 +290,9 @@ def _evaluations(path: Path, plan: Plan, result: Anneal, trial: Trial | None) ->
     k = result.levels.evaluations.size
     between = 1.0  # the refresh
     if plan.follows_path:
-        between += (1 + num_derivatives(path)) * (k - 1) / k  # to leave a level
-        between += num_derivatives(path) if plan.weights == "path" else 0  # and the derivatives where a step arrives
+        derivatives = num_derivatives(path)
+        between += (1 + derivatives) * (k - 1) / k  # to leave a level
+        between += derivatives if plan.weights == "path" else 0  # and where a step arrives
     elif plan.predictor is not None:
         between += plan.predictor.evaluations * (k - 1) / k
     starts = plan.num_starts if plan.num_starts > 1 else 0

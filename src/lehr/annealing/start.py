@@ -36,7 +36,8 @@ def begin(structure: Structure, plan: Plan, constants: Constants, t: jax.Array, 
     n = plan.num_chains
     keys = per_chain(rng_key, n)
     start, log_start = plan.layout.over(_starter(structure, plan, constants, t))(keys)
-    nowhere = PartlyKnown(*[lambda _: jnp.zeros(())] * 2)
+    zero = lambda _: jnp.zeros(())  # noqa: E731
+    nowhere = PartlyKnown(zero, zero)
     chains = jax.vmap(lambda key, q: plan.kernel.init(key, q, nowhere))(keys, start)
     chains = chains._replace(logdensity=log_start)  # what the first weight compares with
     islands = plan.num_islands

@@ -80,6 +80,7 @@ def close(path: Path, names: Iterable[str] = ALWAYS) -> tuple[Structure, Constan
     expected = kernels = None
     if "expect" in names:
         expected = jax.eval_shape(functools.partial(expect, path), position, t)
+    if "correction" in names:
         kernels = jax.eval_shape(functools.partial(reverse_step, path), position, expected, position, t, t).kernels
     signatures = _signatures(path, position, key, t, expected, kernels)
     for name in names:
