@@ -199,6 +199,35 @@ def test_a_score_of_two_modes_weighs_them_as_its_density_would():
 # Refusals
 
 
+def without_the_third(num_levels, weights, **options):
+    """p²/(.95 q + .05 p), q the third mode of p, which by itself has .3 of the mass and in this .007."""
+    p = lehr.GaussianMixture([[-3.0], [0.0], [3.0]], [0.3, 0.4, 0.2], [0.5, 0.2, 0.3])
+    contrast = lehr.Contrast(p, lehr.Mixture([lehr.Gaussian([3.0], 0.2), p], [0.95, 0.05]))
+    return contrast, lehr.AnnealedSMC(contrast, weights=weights, **{**RUN, "ladder": num_levels, **options})
+
+
+@pytest.mark.parametrize(("weights", "num_levels"), [("energy", 30), ("both", 30)])
+def test_a_mode_divided_out_leaves_the_others_as_they_were(weights, num_levels):
+    contrast, smc = without_the_third(num_levels, weights)
+    run = smc.run(0)
+    x, t = smc.get_samples()["x"].ravel(), run.levels["t"][-1]
+    grid = np.linspace(-6, 6, 12_001)
+    density = np.exp(jax.vmap(lambda x: contrast.log_density(x[None], t))(jnp.asarray(grid))) * 1e-3
+    regions = np.digitize(grid, [-1.5, 1.5])
+    masses = np.array([density[regions == i].sum() for i in range(3)])
+    found = np.bincount(np.digitize(x, [-1.5, 1.5]), minlength=3) / x.size
+    np.testing.assert_allclose(found, masses / masses.sum(), atol=3 * np.sqrt(0.25 / (N / 4)))
+    assert found[2] < 0.03
+    assert run.log_evidence == pytest.approx(np.log(masses.sum()), abs=3.5 * run.log_evidence_se)
+
+
+def test_levels_too_far_apart_are_warned_of():
+    """Between the modes the kernels of p and of q disagree, and what is divided by a small ratio explodes."""
+    _, smc = without_the_third(24, "path")
+    with pytest.warns(UserWarning, match=r"of 2000 weighted particles were effective.*more levels"):
+        smc.run(0)
+
+
 @pytest.mark.parametrize("kernel", [lehr.ULA(), lehr.UHMC()])
 @pytest.mark.parametrize("weights", ["energy", "path", "both"])
 def test_no_weights_go_with_an_unadjusted_kernel(kernel, weights):

@@ -42,6 +42,7 @@ __all__ = ["Driver"]
 NUM_STARTS = 32  # where there are ordinary latents, each chain chooses its start from as many draws
 PILOT_CHAINS = 64  # unless it is said otherwise
 CLEARLY = 0.7  # beside a likelihood proposals know little, without one nearly all, and a pilot sees little of either
+COLLAPSED = 0.01  # of all particles: where fewer are effective, what the run says rests on them
 PILOT_WARMUP = 3  # tuned transitions of a pilot chain at each level
 
 
@@ -264,13 +265,7 @@ class Driver:
             type(self).__name__, path, plan, program.ladder, result, trial,
             {"seconds": seconds - session.seconds_compiling, "compile_seconds": session.seconds_compiling},
         )  # fmt: skip
-        stranded = int(np.sum(~np.isfinite(result.logdensity) & np.isfinite(result.log_weights)))
-        if stranded:
-            warnings.warn(
-                f"{stranded} of {plan.num_chains} chains ended where the log density is not finite; print_summary() "
-                "shows at which levels chains diverged.",
-                stacklevel=3,
-            )
+        _warn_of_trouble(run, int(np.sum(~np.isfinite(result.logdensity) & np.isfinite(result.log_weights))))
         return run
 
     def _kernel(self, path: Path) -> Kernel:
@@ -338,3 +333,27 @@ def _finest(structure: Structure, constants: Constants) -> jax.Array:
 def _can_tune(path: Path, kernel: Kernel) -> bool:
     """Whether there is an acceptance to tune by: without log densities only a line integral has one."""
     return kernel.integrates_score or not path.score_sites
+
+
+def _warn_of_trouble(run: Run, stranded: int) -> None:
+    """Say what makes a run worth less than it seems, at the caller's line.
+
+    Args:
+        run: as recorded.
+        stranded: how many chains that count have no finite log density.
+    """
+    if stranded:
+        warnings.warn(
+            f"{stranded} of {run.attrs['num_chains']} chains ended where the log density is not finite; "
+            "print_summary() shows at which levels chains diverged.",
+            stacklevel=4,
+        )
+    effective = run.levels.get("ess_weights", np.array([np.inf]))
+    k = int(np.argmin(effective))
+    if effective[k] < COLLAPSED * run.attrs["num_chains"]:
+        warnings.warn(
+            f"at level {k} (σ/α = {run.levels['sigma'][k]:.3g}) only {effective[k]:.1f} of {run.attrs['num_chains']} "
+            "weighted particles were effective: the level lies too far from the one before, and weights there are not "
+            "to be relied on. Use more levels, ladder=lehr.Ladder.adaptive(path), or more transitions at each.",
+            stacklevel=4,
+        )

@@ -48,6 +48,7 @@ __all__ = ["ReverseStep", "reverse_step", "start_density"]
 
 LARGEST_SHIFT = 3.0  # by which a likelihood may move a proposal, in its standard deviations
 NEWTON_STEPS = 2
+FLATTEST = 1e-3  # precision of a proposal, of that of the forward kernel
 
 
 class ReverseStep(NamedTuple):
@@ -118,14 +119,14 @@ def reverse_step(
         return ratios + log_forward(to, flat, noisy, clean)
 
     constant, slope = jax.value_and_grad(log_g)(flat)  # about x', where no term is larger than what counts
-    least = 1e-3 / (clean.sigma**2 * lost_share(noisy, clean))  # a power or a contrast may leave no density
+    own = 1 / (clean.sigma**2 * lost_share(noisy, clean))  # the precision of f
     if is_small(path):
         bare, vectors = jnp.linalg.eigh(-jax.hessian(log_g)(flat))
-        values = jnp.maximum(bare, least)
+        values = _proper(bare, own)
         root, excess = ((vectors * c) @ vectors.T for c in (values**-0.5, values - bare))
     else:
         bare = slope - jax.grad(log_g)(flat + 1)
-        values = jnp.maximum(bare, least)
+        values = _proper(bare, own)
         root, excess = values**-0.5, values - bare
     ahead, log_det = _times(root, _times(root, slope)), jnp.sum(jnp.log(values))
     mean = flat + ahead
@@ -209,6 +210,11 @@ def _towards(
         shift = bounded(shift)
     values, axes = curved(shift)
     return shift, (axes * (1 + values) ** -0.5) @ axes.T, -jnp.sum(jnp.log1p(values)) / 2
+
+
+def _proper(precisions: jax.Array, own: jax.Array) -> jax.Array:
+    """Those of G where it is a density; f's own where a power or a contrast leaves none, and its ratio holds nearby."""
+    return jnp.where(precisions > FLATTEST * own, precisions, own)
 
 
 def _times(matrix: jax.Array, vector: jax.Array) -> jax.Array:
