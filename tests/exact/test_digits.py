@@ -38,12 +38,7 @@ def test_the_card_says_what_it_is(digits):
     assert "digits" in repr(lehr.zoo())
 
 
-MISSED = pytest.mark.xfail(reason="energy less flow is .82 ± .10 nats at .3, on held-out digits", strict=True)
-
-
-@pytest.mark.parametrize(
-    ("place", "bound"), [(0, 5.0), pytest.param(1, 0.5, marks=MISSED), (2, 0.1)], ids=["0.1", "0.3", "1.0"]
-)
+@pytest.mark.parametrize(("place", "bound"), [(0, 5.0), (1, 0.5), (2, 0.1)], ids=["0.1", "0.3", "1.0"])
 def test_the_card_says_how_far_the_energy_is_from_its_flow(place, bound):
     assert abs(lehr.zoo()["digits"]["calibration"][place]["mean"]) < bound
 

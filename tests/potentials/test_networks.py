@@ -166,6 +166,20 @@ def test_an_untrained_energy_is_its_base_of_each_class_and_of_all():
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
+def test_a_class_may_have_several_components_of_its_base():
+    """As many as every other class; they lie class after class."""
+    locs, factors = jnp.concatenate([LOCS, LOCS - 1]), jnp.concatenate([FACTORS, 2 * FACTORS])
+    masses = jnp.concatenate([MASSES, MASSES])
+    p, t = by_class(readout=0.0, base=lehr.GaussianMixture(locs, factors, masses)), np.append(T, 1.0).astype(np.float32)
+    for label in range(3):
+        own = slice(2 * label, 2 * label + 2)
+        truth = lehr.GaussianMixture(locs[own], factors[own], masses[own])
+        for got, want in zip(readings(p.given(label), X, t), readings(truth, X, t), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="as many components for each of the 3 classes"):
+        by_class(base=lehr.GaussianMixture(locs[:4], factors[:4]))
+
+
 def test_what_is_added_to_the_base_is_the_same_whatever_the_base():
     """log p − log q depends on the network alone, which sees x by mean and std."""
     one, other = by_class(base=lehr.Gaussian(MEAN, FACTORS[0])), by_class()
@@ -211,7 +225,7 @@ def test_what_is_no_label_is_refused(label, error, message):
 def test_labels_and_bases_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="without classes"):
         energy("inner").given(0)
-    with pytest.raises(ValueError, match="one component for each of the 4"):
+    with pytest.raises(ValueError, match="components for each of the 4"):
         by_class(num_classes=4)
     with pytest.raises(ValueError, match="flattened event"):
         lehr.EnergyNetwork(mlp("scalar"), base=lehr.Gaussian(np.zeros(3)))

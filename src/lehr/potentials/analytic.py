@@ -211,11 +211,19 @@ class GaussianMixture(ExactPotential):
         self.schedule = VPCosine() if schedule is None else schedule
         self.event_shape = (d,)
 
-    def given(self, label: ArrayLike) -> GaussianMixture:
-        """The component ``label`` alone; the mixture itself where the label is k, one more than the last."""
+    def given(self, label: ArrayLike, num_classes: int | None = None) -> GaussianMixture:
+        """The components of one class alone; the mixture itself where the label is K, one more than the last.
+
+        Args:
+            label: 0 to K, may be traced.
+            num_classes: K, which divides the number of components: the first of them are of class 0, as many
+                after them of class 1, and so on. Each is a class by itself by default.
+        """
         k = self.log_weights.size
-        alone = jnp.where(jnp.arange(k) == label, 0.0, -jnp.inf)
-        return replace(self, log_weights=jnp.where(jnp.asarray(label) == k, self.log_weights, alone))
+        classes = k if num_classes is None else num_classes
+        own = jnp.arange(k) // (k // classes) == label
+        alone = jnp.where(own, self.log_weights - jax.nn.logsumexp(self.log_weights, where=own), -jnp.inf)
+        return replace(self, log_weights=jnp.where(jnp.asarray(label) == classes, self.log_weights, alone))
 
     def moments(self, t: ArrayLike) -> Moments:
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)

@@ -6,8 +6,8 @@ With the data's mean m, standard deviation s, and an exact density q written in 
     z = (x − α m)/√v,    c = log(σ/α),
 
 so that the network F learns only what q lacks, on an input of unit variance. q is N(m, s²)
-unless something nearer to the data is known: its Gaussian with all covariances, or one such
-Gaussian for each class. The prefactor makes F of order one everywhere: near the data a log
+unless something nearer to the data is known: its Gaussian with all covariances, or a mixture
+of such Gaussians, one or several for each class. The prefactor makes F of order one everywhere: near the data a log
 density grows like 1/σ, and far into the noise the third cumulant, the first that a Gaussian
 lacks, decays like (α s/σ)³. The density therefore ends, at t = 1, in one whose constant is
 known; if the time derivative is trained too (:mod:`lehr.training.dual`), the energy comes
@@ -67,8 +67,8 @@ class EnergyNetwork(EnergyPotential):
         mean: m, the data's mean, () or event-shaped, in data units.
         std: s > 0, the data's standard deviation, pooled over coordinates, in data units.
         base: q, an exact density of the flattened event in data units; N(m, s²) by default. For a
-            network with classes a :class:`~lehr.GaussianMixture` of K components is read as one
-            component for each class.
+            network with classes a :class:`~lehr.GaussianMixture` has as many components for each of
+            the K classes, which lie class after class.
         feature_scale: standard deviation of the data's finest feature, in data units; sets the
             step size at the clean end. Defaults to ``std``.
         sigma_range: the trained range of σ/α, which c is clipped to.
@@ -132,10 +132,10 @@ class EnergyNetwork(EnergyPotential):
                 f"the base must be a density of the flattened event, of shape ({self.mean.size},); got "
                 f"{type(base).__name__} of {base.event_shape}."
             )
-        if self.num_classes and isinstance(base, GaussianMixture) and base.log_weights.size != self.num_classes:
+        if self.num_classes and isinstance(base, GaussianMixture) and base.log_weights.size % self.num_classes:
             raise ValueError(
-                f"a mixture as the base has one component for each of the {self.num_classes} classes; "
-                f"got {base.log_weights.size}. Give one Gaussian to use the same for all."
+                f"a mixture as the base has as many components for each of the {self.num_classes} classes as for "
+                f"every other; got {base.log_weights.size} in all. Give one Gaussian to use the same for all."
             )
         self.base = base.reschedule(self.schedule)
         self.label = None if self.num_classes == 0 else jnp.asarray(self.num_classes)
@@ -208,7 +208,7 @@ class EnergyNetwork(EnergyPotential):
         """q, of the label's class where it is known by class."""
         if self.label is None or not isinstance(self.base, GaussianMixture):
             return self.base
-        return self.base.given(self.label)
+        return self.base.given(self.label, self.num_classes)
 
     def _standardised(self, x: jax.Array, alpha: jax.Array, sigma: jax.Array) -> tuple[jax.Array, ...]:
         """z, √v, and σ kept within what was trained: below σ_min the density is that of σ_min."""

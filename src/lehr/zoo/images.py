@@ -22,7 +22,7 @@ LEARN = Recipe(
     time_weight=0.05,
     bound_weight=0.0,
     weight_decay=1.0,
-    neighbours=3,
+    neighbours=6,
     label_dropout=0.5,
 )
 CALIBRATE = dataclasses.replace(LEARN, num_steps=2000, learning_rate=1e-3, time_weight=0.3)
