@@ -25,15 +25,6 @@ def two_sample_score(first, second, seed=0):
     return tell_apart(flat(first), flat(second), SVC(C=10), seed)
 
 
-def class_by_class(first, second, judge, seed=0):
-    """As many pictures of each class from either set, so that no machine tells them by which classes are frequent."""
-    rng, sets = np.random.default_rng(seed), (first, second)
-    read = [judge.predict(flat(x)) for x in sets]
-    few = [min(np.sum(labels == k) for labels in read) for k in range(10)]
-    chosen = [[rng.permutation(np.flatnonzero(labels == k))[: few[k]] for k in range(10)] for labels in read]
-    return tuple(x[np.concatenate(indices)] for x, indices in zip(sets, chosen, strict=True))
-
-
 def tell_apart(first, second, machine, seed=0):
     """The cross-validated accuracy of a machine that is shown two sets of rows."""
     origin = np.repeat([0, 1], [len(first), len(second)])

@@ -6,7 +6,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from digits_judge import DATA, SIGMA, class_by_class, classifier, flat, held_out, ladder, reverse, smc, two_sample_score
+from digits_judge import DATA, SIGMA, classifier, flat, held_out, ladder, reverse, smc, two_sample_score
 
 import lehr
 from lehr.training.evaluate import calibration
@@ -110,7 +110,7 @@ def test_a_mixture_of_two_classes_has_the_masses_it_was_given(digits, judge):
 
 @pytest.fixture(scope="module")
 def without_eights(digits):
-    contrast = lehr.Contrast(digits, digits.given(8), weight=0.038)  # some fifty nats of log p/q, times .038
+    contrast = lehr.Contrast(digits, lehr.Mixture([digits.given(8), digits], [0.95, 0.05]))
     return [smc(contrast, 1000, seed=seed) for seed in range(3)]
 
 
@@ -120,17 +120,9 @@ def test_a_class_divided_out_is_gone(without_eights, judge):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="the score is .71", strict=True)
 def test_the_classes_that_are_not_divided_out_stay_as_they_were(without_eights):
     others = held_out(500, np.flatnonzero(np.arange(10) != 8))
     assert np.mean([two_sample_score(x[::2], others) for x in without_eights]) < 0.65
-
-
-@pytest.mark.slow
-def test_each_of_them_stays_as_it_was(without_eights, judge):
-    """Class by class: which are frequent a contrast does change, by how little they are like the class divided out."""
-    scores = [two_sample_score(*class_by_class(x, held_out(500), judge)) for x in without_eights]
-    assert np.mean(scores) < 0.65
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@ r"""More of one model and less of another: log π_t = (1 + w) log p_t − w log 
 Negation is this, and so is classifier-free guidance (Ho & Salimans, 2022), with p
 conditional and q not. It is a product with a negative weight, and like every such product it
 is a density only where p^(1+w) falls off faster than q^w. A constant density under q bounds
-the ratio where q vanishes.
+the ratio where q vanishes; so does, relative to p, a share of p in a mixture that is q.
 
 References:
     Ho & Salimans, Classifier-free diffusion guidance, 2022.
@@ -34,7 +34,9 @@ def Contrast(p: Potential, q: Potential, weight: ArrayLike = 1.0, floor: ArrayLi
 
     It is a density only where p^(1+w) falls off faster than q^w: for Gaussians where
     (1 + w)/var_p > w/var_q. Compact supports make it ill-posed: where q vanishes inside the
-    support of p the ratio is unbounded.
+    support of p the ratio is unbounded. To take a class q out of p and leave the others as
+    they are, divide by a mixture that has a share m of p, ``Mixture([q, p], [1 - m, m])``:
+    p/q is then at most 1/m, and 1/m of everything that q knows nothing of.
 
     Args:
         p: what to keep, an energy or a score.
