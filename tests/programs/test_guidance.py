@@ -216,3 +216,14 @@ def test_the_level_of_a_site_is_that_of_the_x_it_reads():
             np.testing.assert_allclose(path.log_density({"x": jnp.asarray(X)}, t), want, **ROUNDING)
     with pytest.raises(RuntimeError, match="there is no noise level here"):
         lehr.current_level()
+
+
+def test_a_model_that_asks_for_its_level_is_read_out_at_the_end_of_the_ladder():
+    def model():
+        numpyro.sample("x", lehr.Diffusion(PRIOR))
+        numpyro.deterministic("level", lehr.current_level())
+
+    path = lehr.Path(model)().ending_at(0.1)
+    read = path.constrain({"x": jnp.stack([jnp.asarray(X)] * 3)}, batch_ndims=1)
+    np.testing.assert_allclose(read["x"], np.stack([X] * 3))
+    np.testing.assert_allclose(read["level"], 0.1)

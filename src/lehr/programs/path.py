@@ -259,13 +259,14 @@ class Path(Binding):
             batch_ndims: how many.
         """
         args, kwargs = self.bound_arguments()
+        model = noise_level(self.model, self.end, self.schedule)  # models may ask for it
         if not self.discrete:
-            return constrain_fn(self.model, args, kwargs, position, return_deterministic=True, batch_ndims=batch_ndims)
+            return constrain_fn(model, args, kwargs, position, return_deterministic=True, batch_ndims=batch_ndims)
 
         def one(rng_key: jax.Array, position: Position) -> dict[str, jax.Array]:
             z = self._draw_discrete(rng_key, position)
-            model = handlers.substitute(self.model, data=z)
-            return z | constrain_fn(model, args, kwargs, position, return_deterministic=True)
+            drawn = handlers.substitute(model, data=z)
+            return z | constrain_fn(drawn, args, kwargs, position, return_deterministic=True)
 
         shape = jax.tree.leaves(position)[0].shape[:batch_ndims]
         for _ in shape:
