@@ -71,6 +71,7 @@ ARGUMENTS = {
     "colourisation": (Y,),
     "classified": (1,),
     "classified_by_a_noise_aware_one": (1,),
+    "no_8": (),
     "whose": (Y,),
     "tapestry": (),
     "symmetric": (),
@@ -108,6 +109,8 @@ def test_a_class_is_divided_out_or_left_out(recipes):
     p = recipes["prior"].log_density(x, 0.3)
     want = 2 * p - np.logaddexp(of_class[8] + np.log(0.95), p + np.log(0.05))
     np.testing.assert_allclose(recipes["not_an_8"].log_density(x, 0.3), want, rtol=1e-5)
+    as_factor = lehr.Path(recipes["no_8"], {"no_8": lehr.guidance.Raw()})().log_density({"x": x}, 0.3)
+    np.testing.assert_allclose(as_factor, want, rtol=1e-5)
     others = jax.nn.logsumexp(np.delete(of_class, 8)) - np.log(9)
     np.testing.assert_allclose(recipes["any_other"].log_density(x, 0.3), others, rtol=1e-5)
 
