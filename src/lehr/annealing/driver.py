@@ -354,6 +354,6 @@ def _warn_of_trouble(run: Run, stranded: int) -> None:
         warnings.warn(
             f"at level {k} (σ/α = {run.levels['sigma'][k]:.3g}) only {effective[k]:.1f} of {run.attrs['num_chains']} "
             "weighted particles were effective: the level lies too far from the one before, and weights there are not "
-            "to be relied on. Use more levels, ladder=lehr.Ladder.adaptive(path), or more transitions at each.",
+            "to be relied on. Use more levels or more transitions at each; weights by energies where all factors are.",
             stacklevel=4,
         )
