@@ -42,7 +42,7 @@ __all__ = ["Driver"]
 NUM_STARTS = 32  # where there are ordinary latents, each chain chooses its start from as many draws
 PILOT_CHAINS = 64  # unless it is said otherwise
 CLEARLY = 0.7  # beside a likelihood proposals know little, without one nearly all, and a pilot sees little of either
-COLLAPSED = 0.01  # of all particles: where fewer are effective, what the run says rests on them
+FEWEST = 5  # effective particles of a hundred or more: where fewer are, what the run says rests on them
 PILOT_WARMUP = 3  # tuned transitions of a pilot chain at each level
 
 
@@ -350,7 +350,7 @@ def _warn_of_trouble(run: Run, stranded: int) -> None:
         )
     effective = run.levels.get("ess_weights", np.array([np.inf]))
     k = int(np.argmin(effective))
-    if effective[k] < COLLAPSED * run.attrs["num_chains"]:
+    if effective[k] < min(FEWEST, FEWEST / 100 * run.attrs["num_chains"]):
         warnings.warn(
             f"at level {k} (σ/α = {run.levels['sigma'][k]:.3g}) only {effective[k]:.1f} of {run.attrs['num_chains']} "
             "weighted particles were effective: the level lies too far from the one before, and weights there are not "
