@@ -225,7 +225,7 @@ def test_what_is_no_label_is_refused(label, error, message):
 def test_labels_and_bases_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="without classes"):
         energy("inner").given(0)
-    with pytest.raises(ValueError, match="components for each of the 4"):
+    with pytest.raises(ValueError, match="as many components for each of the 4 classes"):
         by_class(num_classes=4)
     with pytest.raises(ValueError, match="flattened event"):
         lehr.EnergyNetwork(mlp("scalar"), base=lehr.Gaussian(np.zeros(3)))

@@ -160,10 +160,10 @@ def test_the_base_of_events_that_are_all_alike_is_finite():
 
 def test_an_untrained_energy_has_the_data_s_moments():
     rng = np.random.default_rng(0)
-    x = 3 + rng.normal(size=(400, 2)) @ [[1.0, 0.0], [0.8, 0.3]]
+    x = 3 + rng.normal(size=(40, 2)) @ [[1.0, 0.0], [0.8, 0.3]]  # too few for more than one Gaussian
     p = untrained_energy(ResidualMLP(2, 2, width=4, num_frequencies=2, rngs=nnx.Rngs(0)), x)
     np.testing.assert_allclose(p.moments(0.0).mean, x.mean(0), rtol=1e-5)
-    np.testing.assert_allclose(p.moments(0.0).std, x.std(0), rtol=1e-3)  # clusters of few are drawn to the mean
+    np.testing.assert_allclose(p.moments(0.0).std, x.std(0), rtol=1e-4)
     assert float(p.std) == pytest.approx(np.sqrt(x.var(0).mean()), rel=1e-5)
 
 

@@ -36,7 +36,10 @@ def begin(structure: Structure, plan: Plan, constants: Constants, t: jax.Array, 
     n = plan.num_chains
     keys = per_chain(rng_key, n)
     start, log_start = plan.layout.over(_starter(structure, plan, constants, t))(keys)
-    zero = lambda _: jnp.zeros(())  # noqa: E731
+
+    def zero(_: Position) -> jax.Array:
+        return jnp.zeros(())
+
     nowhere = PartlyKnown(zero, zero)
     chains = jax.vmap(lambda key, q: plan.kernel.init(key, q, nowhere))(keys, start)
     chains = chains._replace(logdensity=log_start)  # what the first weight compares with

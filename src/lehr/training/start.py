@@ -43,13 +43,12 @@ MOST_DIMENSIONS = 256  # of events whose covariances are written in: they are as
 IMAGE_SIDE = 12  # images at least as large are for a mixer of patches, others for a perceptron
 
 
-def gaussian_base(events: ArrayLike, labels: ArrayLike | None = None, seed: int = 0) -> ExactPotential:
+def gaussian_base(events: ArrayLike, labels: ArrayLike | None = None) -> ExactPotential:
     """The Gaussians of the data, a density of the flattened event.
 
     Args:
         events: x₀, shape (N, *event_shape).
         labels: 0 to K − 1, each present, shape (N,); none for one class.
-        seed: of the clusters' first centres.
 
     Returns:
         Of one component a :class:`~lehr.Gaussian`; otherwise a :class:`~lehr.GaussianMixture`, whose components lie
@@ -58,14 +57,15 @@ def gaussian_base(events: ArrayLike, labels: ArrayLike | None = None, seed: int 
     Raises:
         ValueError: if a class is missing.
     """
-    x = np.asarray(events, np.float64).reshape(len(np.asarray(events)), -1)
+    x = np.asarray(events, np.float64)
+    x = x.reshape(len(x), -1)
     y = np.zeros(len(x), int) if labels is None else np.asarray(labels)
     counts = np.bincount(y)
     if np.any(counts == 0):
         raise ValueError(f"every class needs examples; there are none of {np.flatnonzero(counts == 0).tolist()}.")
     (num_classes,), d = counts.shape, x.shape[1]
     most = min(counts.min() // EXAMPLES, MOST_NUMBERS // (num_classes * d**2), COMPONENTS)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     clusters = [part for k in range(num_classes) for part in _clusters(x[y == k], max(int(most), 1), rng)]
     locs = np.stack([part.mean(0) for part in clusters])
     own = np.stack([np.atleast_2d(np.cov(part.T, bias=True)) for part in clusters]).reshape(num_classes, -1, d, d)
