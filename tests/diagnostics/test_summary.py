@@ -44,7 +44,7 @@ def text(run):
 
 @pytest.fixture(scope="module")
 def run(ring, bar):
-    return lehr.AnnealedSMC(ring * bar, lehr.HMC(2), 6, num_warmup=1, num_particles=64, progress=False).run(0)
+    return lehr.AnnealedSMC(ring * bar, lehr.HMC(2), 12, num_warmup=1, num_particles=64, progress=False).run(0)
 
 
 def test_the_summary_says_what_was_sampled_and_what_the_evidence_means(run):
