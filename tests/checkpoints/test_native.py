@@ -114,6 +114,11 @@ def test_a_missing_model_is_said_to_be_missing_and_the_shipped_ones_are_named(tm
         lehr.load(tmp_path / "nothing")
 
 
+def test_a_shipped_model_has_the_name_that_it_is_trained_by_too():
+    first, second = (jax.tree.leaves(lehr.load(name)) for name in ("ring", "zoo/ring"))
+    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 def test_a_card_without_weights_is_refused(saved):
     _, path = saved
     path.unlink()

@@ -13,8 +13,9 @@ from lehr.checkpoints.load import load_checkpoint
 from lehr.checkpoints.native import checkpoint_files, read_card
 from lehr.potentials.base import Potential
 
-__all__ = ["Zoo", "load", "zoo"]
+__all__ = ["PREFIX", "Zoo", "load", "zoo"]
 
+PREFIX = "zoo/"  # of names, where those of data sets and files are meant too
 WIDTH = 160  # characters of the table
 _FOLDER = Path(str(files("lehr") / "zoo" / "weights"))
 
@@ -61,8 +62,9 @@ def load(name: str | Path, **options: Any) -> Potential:
     """A pretrained potential: a shipped model by name, or somebody else's by path or by its name on the hub.
 
     Args:
-        name: a name that :func:`zoo` lists; the path of a checkpoint's weights, of its card, or of both
-            without a suffix; the path of a diffusers folder; or ``"owner/name"`` on the Hugging Face hub.
+        name: a name that :func:`zoo` lists, with or without ``zoo/``; the path of a checkpoint's weights, of its
+            card, or of both without a suffix; the path of a diffusers folder; or ``"owner/name"`` on the Hugging Face
+            hub.
         options: for folders of diffusers, those of :func:`lehr.checkpoints.diffusers.read_diffusers`,
             such as ``variant="fp16"``; on the hub also ``revision``.
 
@@ -70,8 +72,9 @@ def load(name: str | Path, **options: Any) -> Potential:
         FileNotFoundError: if there is no such model or file.
         lehr.CheckpointError: if the weights are damaged or do not fit their card or config.
     """
-    shipped = _FOLDER / str(name)
-    if Path(name).name == str(name) and checkpoint_files(shipped).card.is_file():
+    stem = str(name).removeprefix(PREFIX)
+    shipped = _FOLDER / stem
+    if Path(stem).name == stem and checkpoint_files(shipped).card.is_file():
         return load_checkpoint(shipped, **options)
     try:
         return load_checkpoint(name, **options)

@@ -11,6 +11,7 @@ import numpy as np
 from lehr.training.data import DATA_SETS, load_data, read_data
 from lehr.training.dual import Losses
 from lehr.training.fit import Recipe
+from lehr.zoo import PREFIX
 from lehr.zoo.images import IMAGES
 from lehr.zoo.planar import train_planar
 from lehr.zoo.produce import Making, produce
@@ -18,7 +19,6 @@ from lehr.zoo.targets import TARGETS
 
 __all__ = ["recipe_for", "train"]
 
-PREFIX = "zoo/"
 DEFAULT = Recipe(num_steps=5000, batch_size=128, learning_rate=1e-3, weighting="likelihood", bound_weight=0.0)
 RANGE = (0.05, 10.0)  # of σ/α, in units of the data's standard deviation
 LEVELS = (0.1, 0.3, 1.0, 3.0)  # at which held-out losses are taken, in the same units
