@@ -56,7 +56,7 @@ def pictures(kind):
             **(NETWORK | {"num_inputs": 4, "num_outputs": 4, "num_classes": 3, "reach": 3.0}), rngs=nnx.Rngs(0)
         )
         base = lehr.GaussianMixture(locs, factors, [0.2, 0.5, 0.3])
-        made = lehr.EnergyNetwork(network, None, (2, 2), head="inner", base=base, std=0.7)
+        made = lehr.EnergyNetwork(network, None, (2, 2), head="inner", base=base, std=0.7, limit=2.0)
     params, rest = eqx.partition(made, eqx.is_inexact_array)
     return eqx.combine(jax.tree.map(lambda leaf: leaf + 0.1, params), rest)
 
@@ -158,12 +158,18 @@ def test_weights_that_are_not_the_cards_are_refused(saved):
         ({"format": "lehr-0"}, "lehr-0"),
         ({"kind": "flow"}, "unknown kind 'flow'"),
         ({"head": "tail"}, "unknown energy head"),
+        ({"limit": -1.0}, "describes no potential: limit must be positive"),
+        ({"limit": "far"}, "describes no potential"),
+        ({"sigma_range": [1.0]}, "describes no potential"),
+        ({"std": "wide"}, "describes no potential"),
+        ({"event_shape": 2}, "describes no potential"),
+        ({"log_normalizer": [[0.0]]}, "describes no potential"),
     ],
 )
 def test_a_card_that_does_not_fit_is_refused(saved, changes, message):
     _, path = saved
     edit(path, **changes)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(lehr.CheckpointError, match=message):
         lehr.load(path)
 
 

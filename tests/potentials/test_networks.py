@@ -25,13 +25,14 @@ def mlp(head, readout=0.3):
     return network
 
 
-def energy(head, readout=0.3, schedule=None):
-    return lehr.EnergyNetwork(mlp(head, readout), schedule, head=head, mean=MEAN, std=STD)
+def energy(head, readout=0.3, schedule=None, limit=None):
+    return lehr.EnergyNetwork(mlp(head, readout), schedule, head=head, mean=MEAN, std=STD, limit=limit)
 
 
+@pytest.mark.parametrize("limit", [None, 0.5])
 @pytest.mark.parametrize("head", HEADS)
-def test_energy_is_its_formula(head):
-    p, network = energy(head), mlp(head)
+def test_energy_is_its_formula(head, limit):
+    p, network = energy(head, limit=limit), mlp(head)
     log_density = np.asarray(readings(p, X, T)[0], float)
     alpha, sigma = noising(p.schedule, T)
     root = np.sqrt(alpha**2 * STD**2 + sigma**2)
@@ -45,6 +46,8 @@ def test_energy_is_its_formula(head):
         "l2": lambda: np.sum(f**2, -1) / 2,
         "dae": lambda: np.sum((z - f) ** 2, -1) / 2,
     }[head]()
+    if limit is not None:
+        residual = residual / np.sqrt(1 + (residual / limit) ** 2)
     gaussian = -np.sum(z**2, -1) / 2 - np.log(2 * np.pi * root[..., 0] ** 2)
     prefactor = (alpha * STD / sigma * (alpha * STD / root) ** 2)[..., 0]
     # The prefactor, up to 30 here, multiplies a residual that is known to a few float32 roundings.
@@ -52,9 +55,10 @@ def test_energy_is_its_formula(head):
     assert np.std(prefactor * residual) > 0.1
 
 
+@pytest.mark.parametrize("limit", [None, 0.5])
 @pytest.mark.parametrize("head", HEADS)
-def test_score_denoise_and_noise_of_an_energy_are_one_and_the_same(head):
-    p = energy(head)
+def test_score_denoise_and_noise_of_an_energy_are_one_and_the_same(head, limit):
+    p = energy(head, limit=limit)
     t = np.asarray(lehr.Ladder.log_snr(p.schedule, 12).times)
     _, score, data, noise = (np.asarray(a, float) for a in readings(p, X, t))
     alpha, sigma = noising(p.schedule, t)
@@ -84,6 +88,23 @@ def test_energy_is_finite_at_the_data_and_normal_at_the_noise(head):
     np.testing.assert_allclose(score, -X, rtol=8 * EPS)
     np.testing.assert_allclose(noise, X, rtol=8 * EPS)
     np.testing.assert_allclose(data, np.broadcast_to(MEAN, X.shape), rtol=8 * EPS)
+
+
+def test_far_away_a_bounded_energy_is_its_base_and_no_more_than_the_bound():
+    """Of a network that would make a hole of the plane: −F grows like the square of what the Gaussian falls by."""
+
+    class Hole(nnx.Module):
+        def __call__(self, z, c):
+            return -(jnp.sum(z**2) ** 2)
+
+    free, bounded = (lehr.EnergyNetwork(Hole(), std=STD, limit=limit) for limit in (None, 3.0))
+    gaussian = lehr.Gaussian(jnp.zeros(2), STD, bounded.schedule)
+    for t in T[:3]:
+        x = jnp.array([40.0, -30.0])
+        alpha, sigma = float(bounded.schedule.alpha(t)), float(bounded.schedule.sigma(t))
+        most, exact = 3.0 * alpha * STD / sigma, float(gaussian.log_density(x, t))
+        assert 0 < bounded.log_density(x, t) - exact <= most + 1e-5 * abs(exact)
+        assert free.log_density(x, t) > 0
 
 
 def test_below_what_was_trained_the_density_stands_still():
@@ -251,6 +272,7 @@ def test_an_energy_of_pictures_is_that_of_their_pixels_in_a_row():
         (lambda n: lehr.EnergyNetwork(n, std=0.0), "std must be positive"),
         (lambda n: lehr.EnergyNetwork(n, feature_scale=-1.0), "feature_scale must be positive"),
         (lambda n: lehr.EnergyNetwork(n, sigma_range=(1.0, 0.1)), "0 < low < high"),
+        (lambda n: lehr.EnergyNetwork(n, limit=0.0), "limit must be positive, or None"),
     ],
 )
 def test_impossible_energies_are_refused(build, message):

@@ -66,3 +66,21 @@ def test_it_is_saved_with_the_energy(tmp_path):
     np.testing.assert_array_equal(again.log_density(x, 0.3), energy.log_density(x, 0.3))
     bare = lehr.EnergyNetwork(network, event_shape=(2,))
     assert not np.allclose(bare.log_density(x, 0.3), energy.log_density(x, 0.3))
+
+
+class Hole(nnx.Module):
+    """An energy with a place at z = (3, 0), where hardly any data are, that has all the mass."""
+
+    def __call__(self, z, c):
+        return -60.0 * jnp.exp(-2 * jnp.sum((z - jnp.array([3.0, 0.0])) ** 2))
+
+
+@pytest.mark.filterwarnings("ignore:at level")
+def test_an_energy_with_a_hole_is_refused_and_a_bounded_one_is_not():
+    def made(limit):
+        return lehr.EnergyNetwork(Hole(), event_shape=(2,), std=S, sigma_range=(0.05, HIGH), limit=limit)
+
+    with pytest.raises(RuntimeError, match="where no data are"):
+        normalise(made(None), jax.random.key(2), num_particles=256)
+    found = normalise(made(0.2), jax.random.key(2), num_particles=256)
+    assert np.all(np.isfinite(found.log_normalizer))

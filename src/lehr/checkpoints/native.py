@@ -120,14 +120,19 @@ def _written(card: dict[str, Any]) -> str:
 def _energy(potential: EnergyNetwork) -> dict[str, Any]:
     known = potential.log_normalizer
     measured = {} if known is None else {"log_normalizer": np.asarray(known).round(4).tolist()}
-    return measured | {
-        "kind": "energy",
-        "base": type(potential.base).__name__,
-        "head": potential.head,
-        "density": "log p = log base - alpha s/sigma (alpha s)^2/v F; no further factor of sigma",
-        "sigma_range": list(potential.sigma_range),
-        "calibrated": potential.calibrated,
-    }
+    bounded = {} if potential.limit is None else {"limit": potential.limit}
+    return (
+        measured
+        | bounded
+        | {
+            "kind": "energy",
+            "base": type(potential.base).__name__,
+            "head": potential.head,
+            "density": "log p = log base - alpha s/sigma (alpha s)^2/v F; no further factor of sigma",
+            "sigma_range": list(potential.sigma_range),
+            "calibrated": potential.calibrated,
+        }
+    )
 
 
 def _score(potential: ScoreNetwork) -> dict[str, Any]:
@@ -189,7 +194,12 @@ def read_checkpoint(path: str | Path) -> EnergyNetwork | ScoreNetwork:
         tensors = load_file(weights)
     except SafetensorError as error:
         raise CheckpointError(f"{weights} cannot be read as safetensors ({error}).") from error
-    potential = _build(card, tensors)
+    try:
+        potential = _build(card, tensors)
+    except CheckpointError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise CheckpointError(f"{checkpoint_files(path).card} describes no potential: {error}") from error
     expected = _tensors(potential)
     differing = [
         f"{name}: card {_shape(expected.get(name))}, file {_shape(tensors.get(name))}"
@@ -221,6 +231,7 @@ def _build(card: dict[str, Any], tensors: dict[str, np.ndarray]) -> EnergyNetwor
         head=card["head"],
         sigma_range=tuple(card["sigma_range"]),
         calibrated=card["calibrated"],
+        limit=card.get("limit"),
         log_normalizer=card.get("log_normalizer"),
         **scales,
     )

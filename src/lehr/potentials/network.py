@@ -5,7 +5,9 @@ With the data's mean m, standard deviation s, and an exact density q written in 
     log p_t(x) = log q_t(x) − (α s/σ)(s² α²/v) F_θ(z, c) ,    v = α² s² + σ²,
     z = (x − α m)/√v,    c = log(σ/α),
 
-so that the network F learns only what q lacks, on an input of unit variance. q is N(m, s²)
+so that the network F learns only what q lacks, on an input of unit variance. Where no data are a network
+says anything, and at little noise it says it loudly: F can be bounded, F/√(1 + (F/limit)²), so that far
+from the data log p is log q and no more than limit · s/σ. q is N(m, s²)
 unless something nearer to the data is known: its Gaussian with all covariances, or a mixture
 of such Gaussians, one or several for each class. The prefactor makes F of order one everywhere: near the data a log
 density grows like 1/σ, and far into the noise the third cumulant, the first that a Gaussian
@@ -36,6 +38,7 @@ import jax
 import jax.numpy as jnp
 from numpy.typing import ArrayLike
 
+from lehr.networks.mlp import saturate
 from lehr.networks.wrap import Network, wrap
 from lehr.potentials.analytic import ExactPotential, Gaussian, GaussianMixture
 from lehr.potentials.base import EnergyPotential, Moments, check_positive, replace
@@ -72,6 +75,8 @@ class EnergyNetwork(EnergyPotential):
         feature_scale: standard deviation of the data's finest feature, in data units; sets the
             step size at the clean end. Defaults to ``std``.
         sigma_range: the trained range of σ/α, which c is clipped to.
+        limit: where F begins to saturate; it is not bounded if left out. Of a trained network it stays what it was in
+            the training.
         num_classes: K, of a class-conditional network; by default what the network itself says, or 0.
         calibrated: whether the time derivative was trained too, so that c(t) = 0.
         log_normalizer: log Z at L ≥ 2 values of log σ/α, uniform over ``sigma_range`` and rising, shape (L,), or
@@ -93,6 +98,7 @@ class EnergyNetwork(EnergyPotential):
     event_shape: tuple[int, ...] = eqx.field(static=True)
     head: str = eqx.field(static=True)
     sigma_range: tuple[float, float] = eqx.field(static=True)
+    limit: float | None = eqx.field(static=True)
     num_classes: int = eqx.field(static=True)
     calibrated: bool = eqx.field(static=True)
 
@@ -108,6 +114,7 @@ class EnergyNetwork(EnergyPotential):
         base: ExactPotential | None = None,
         feature_scale: ArrayLike | None = None,
         sigma_range: tuple[float, float] = (2e-3, 20.0),
+        limit: float | None = None,
         num_classes: int | None = None,
         calibrated: bool = False,
         log_normalizer: ArrayLike | None = None,
@@ -116,6 +123,8 @@ class EnergyNetwork(EnergyPotential):
             raise ValueError(f"unknown energy head {head!r}; expected one of {', '.join(HEADS)}.")
         if not 0 < sigma_range[0] < sigma_range[1]:
             raise ValueError(f"sigma_range must be 0 < low < high; got {sigma_range}.")
+        if limit is not None and not limit > 0:
+            raise ValueError(f"limit must be positive, or None for no bound; got {limit}.")
         self.network = wrap(network)
         self.num_classes = getattr(network, "num_classes", 0) if num_classes is None else num_classes
         self.mean = jnp.broadcast_to(jnp.asarray(mean, float), event_shape)
@@ -150,6 +159,7 @@ class EnergyNetwork(EnergyPotential):
                 )
         self.head = head
         self.sigma_range = (float(sigma_range[0]), float(sigma_range[1]))
+        self.limit = None if limit is None else float(limit)
         self.calibrated = calibrated
 
     @property
@@ -230,4 +240,4 @@ class EnergyNetwork(EnergyPotential):
         low, high = self.sigma_range
         condition = jnp.clip(jnp.log(sigma / alpha), math.log(low), math.log(high))
         told = (z, condition) if self.label is None else (z, condition, self.label)
-        return HEADS[self.head](z, self.network(*told))
+        return saturate(HEADS[self.head](z, self.network(*told)), self.limit)

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 
+from lehr.annealing.driver import FEWEST
 from lehr.annealing.drivers import AnnealedSMC
 from lehr.potentials.base import replace
 from lehr.potentials.network import EnergyNetwork
@@ -42,6 +43,10 @@ def normalise(
         num_levels: levels between which log Z is linear in log σ, uniform over ``energy.sigma_range``. The runs have
             twice as many, where their pilots place them.
         num_particles: of each run.
+
+    Raises:
+        RuntimeError: if at some level fewer than five particles were effective: they have come upon a place where
+            no data are and where the energy puts next to all of its mass, and it is no density worth a normaliser.
     """
     bare = replace(energy, log_normalizer=None)
     log_snr = -2 * np.log(np.geomspace(bare.sigma_range[0], bare.sigma_range[1], num_levels))
@@ -54,6 +59,15 @@ def normalise(
 
     def log_z(label: jax.Array, key: jax.Array) -> np.ndarray:
         levels = driver.sample(driver.prepare(driver.bind(label), end), key).levels
+        effective = levels["ess_weights"]
+        worst = int(np.argmin(effective))
+        if effective[worst] < FEWEST:
+            at, whose = levels["sigma"][worst], f" of label {int(label)}" if bare.num_classes else ""
+            raise RuntimeError(
+                f"at σ/α = {at:.3g} only {effective[worst]:.1f} of {num_particles} particles{whose} were effective: "
+                "the energy puts its mass where no data are. Bound its correction (limit), or train it with less "
+                "weight on time or on data that are spread less."
+            )
         return np.interp(log_snr, levels["log_snr"], levels["log_evidence"])
 
     labels = jnp.arange(bare.num_classes + 1)

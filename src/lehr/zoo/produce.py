@@ -35,6 +35,7 @@ class Making(NamedTuple):
         sigma_range: the range of σ/α that is trained, in data units.
         levels: σ/α at which held-out losses are taken.
         compared_at: σ/α at which an energy is compared with its probability flow.
+        limit: where an energy's correction begins to saturate, see :class:`~lehr.EnergyNetwork`.
     """
 
     kind: Literal["energy", "score"]
@@ -42,6 +43,7 @@ class Making(NamedTuple):
     sigma_range: tuple[float, float]
     levels: tuple[float, ...]
     compared_at: tuple[float, ...] = ()
+    limit: float | None = None
 
 
 def produce(
@@ -101,7 +103,8 @@ def _untrained(making: Making, data: DataSet, seed: int) -> Any:
     finest = 10 * making.sigma_range[0]  # ladders end at a tenth of it
     if making.kind == "score":
         return untrained_score(network, data.events, feature_scale=finest)
-    return untrained_energy(network, data.events, data.labels, feature_scale=finest, sigma_range=making.sigma_range)
+    scales: dict[str, Any] = {"feature_scale": finest, "sigma_range": making.sigma_range, "limit": making.limit}
+    return untrained_energy(network, data.events, data.labels, **scales)
 
 
 def _measured(potential: Any, making: Making, data: DataSet, seed: int) -> dict[str, Any]:
