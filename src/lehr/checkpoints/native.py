@@ -119,20 +119,18 @@ def _written(card: dict[str, Any]) -> str:
 
 def _energy(potential: EnergyNetwork) -> dict[str, Any]:
     known = potential.log_normalizer
-    measured = {} if known is None else {"log_normalizer": np.asarray(known).round(4).tolist()}
-    bounded = {} if potential.limit is None else {"limit": potential.limit}
-    return (
-        measured
-        | bounded
-        | {
-            "kind": "energy",
-            "base": type(potential.base).__name__,
-            "head": potential.head,
-            "density": "log p = log base - alpha s/sigma (alpha s)^2/v F; no further factor of sigma",
-            "sigma_range": list(potential.sigma_range),
-            "calibrated": potential.calibrated,
-        }
-    )
+    optional = {
+        "log_normalizer": None if known is None else np.asarray(known).round(4).tolist(),
+        "limit": potential.limit,
+    }
+    return {name: value for name, value in optional.items() if value is not None} | {
+        "kind": "energy",
+        "base": type(potential.base).__name__,
+        "head": potential.head,
+        "density": "log p = log base - alpha s/sigma (alpha s)^2/v F; no further factor of sigma",
+        "sigma_range": list(potential.sigma_range),
+        "calibrated": potential.calibrated,
+    }
 
 
 def _score(potential: ScoreNetwork) -> dict[str, Any]:

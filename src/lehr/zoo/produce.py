@@ -103,8 +103,8 @@ def _untrained(making: Making, data: DataSet, seed: int) -> Any:
     finest = 10 * making.sigma_range[0]  # ladders end at a tenth of it
     if making.kind == "score":
         return untrained_score(network, data.events, feature_scale=finest)
-    scales: dict[str, Any] = {"feature_scale": finest, "sigma_range": making.sigma_range, "limit": making.limit}
-    return untrained_energy(network, data.events, data.labels, **scales)
+    told = {"feature_scale": finest, "sigma_range": making.sigma_range, "limit": making.limit}
+    return untrained_energy(network, data.events, data.labels, **told)
 
 
 def _measured(potential: Any, making: Making, data: DataSet, seed: int) -> dict[str, Any]:
