@@ -119,6 +119,12 @@ def test_a_shipped_model_has_the_name_that_it_is_trained_by_too():
     assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_one_that_was_trained_into_a_folder_of_that_name_is_the_one_that_is_loaded(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lehr.save(saved[0], "zoo/ring")
+    assert lehr.load("zoo/ring").schedule == lehr.VPLinear(0.2, 10.0)
+
+
 def test_a_card_without_weights_is_refused(saved):
     _, path = saved
     path.unlink()

@@ -72,7 +72,8 @@ def load(name: str | Path, **options: Any) -> Potential:
         FileNotFoundError: if there is no such model or file.
         lehr.CheckpointError: if the weights are damaged or do not fit their card or config.
     """
-    stem = str(name).removeprefix(PREFIX)
+    on_disk = any(file.is_file() for file in checkpoint_files(name))
+    stem = str(name) if on_disk else str(name).removeprefix(PREFIX)
     shipped = _FOLDER / stem
     if Path(stem).name == stem and checkpoint_files(shipped).card.is_file():
         return load_checkpoint(shipped, **options)
