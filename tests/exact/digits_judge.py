@@ -46,7 +46,7 @@ def ladder(potential, num_levels, widest=8.0, finest=SIGMA):
     return lehr.Ladder.log_snr(potential.schedule, num_levels, t_min=end, t_max=start)
 
 
-def smc(potential, n, seed=0, num_levels=120, num_steps=0):
+def smc(potential, n, seed=0, num_levels=240, num_steps=0):
     """Weighted particles, by the model's own reverse kernels: pictures x/α."""
     driver = lehr.AnnealedSMC(
         potential,
@@ -59,7 +59,7 @@ def smc(potential, n, seed=0, num_levels=120, num_steps=0):
     return pictures(potential, driver.run(jax.random.key(seed)).get_samples()["x"])
 
 
-def reverse(potential, n, seed=0, num_levels=120):
+def reverse(potential, n, seed=0, num_levels=240):
     """Plain reverse diffusion: pictures x/α."""
     driver = lehr.Reverse(potential, num_levels=ladder(potential, num_levels), num_samples=n, progress=False)
     return pictures(potential, driver.run(jax.random.key(seed)).get_samples()["x"])

@@ -65,6 +65,22 @@ def test_all_classes_together_are_the_mixture_of_the_classes(digits):
         assert abs(np.mean(gap)) < nats
 
 
+def test_each_class_has_its_mass_where_its_digits_are(digits):
+    """Little noise tells the classes apart: log π_k p(x | k) is log p(x). A class of which the energy had mass
+    elsewhere would lose it here, by its normaliser."""
+    masses = np.bincount(DATA.labels) / len(DATA.labels)
+    t = digits.schedule.time(-2 * jnp.log(0.1))
+    noise = jax.random.normal(jax.random.key(2), (400, 8, 8))
+    x, labels = DATA.held_out[:400], DATA.held_out_labels[:400]
+    x = digits.schedule.alpha(t) * x + digits.schedule.sigma(t) * noise
+
+    def gap(x, label):
+        return digits.given(label).log_density(x, t) + jnp.log(masses)[label] - digits.log_density(x, t)
+
+    gaps = np.asarray(jax.jit(jax.vmap(gap))(x, labels))
+    assert all(abs(gaps[labels == k].mean()) < 2.0 for k in range(10))
+
+
 def test_reverse_diffusion_of_a_class_makes_that_class(digits, judge):
     found = judge.predict(flat(reverse(digits.given(3), 40, num_levels=60)))
     assert np.mean(found == 3) >= 0.9

@@ -28,24 +28,25 @@ def test_a_twin_is_a_neighbour_and_an_event_is_not_its_own():
     assert all(set(near[i]) == {0, 1, 2} - {i} for i in range(3))
 
 
-def test_the_mean_stays_and_the_covariance_grows_by_a_twelfth_of_the_differences():
-    """Of each event by itself: u is uniform, of variance 1/12; by four standard errors."""
+@pytest.mark.parametrize("reach", [0.5, 1.0])
+def test_the_mean_stays_and_the_covariance_grows_by_that_of_the_differences(reach):
+    """Of each event by itself: u is uniform, of variance r²/3; by four standard errors."""
     line = np.array([[-3.0], [-1.0], [0.0], [2.0], [4.0]])
     near, n = np.array([[2], [2], [1], [2], [3]]), 400_000
-    i, x = spread(jax.random.key(1), n, jnp.asarray(line), near)
+    i, x = spread(jax.random.key(1), n, jnp.asarray(line), near, reach)
     away = line[near[:, 0], 0] - line[:, 0]
     for k in range(1, 4):  # those at the ends are clipped
         moved = np.asarray(x)[np.asarray(i) == k, 0]
-        std = np.abs(away[k]) / np.sqrt(12)
+        std = reach * np.abs(away[k]) / np.sqrt(3)
         assert moved.mean() == pytest.approx(line[k, 0], abs=4 * std / np.sqrt(moved.size))
         assert moved.std() == pytest.approx(std, rel=4 / np.sqrt(moved.size))
-        assert np.abs(moved - line[k, 0]).max() <= np.abs(away[k]) / 2
+        assert np.abs(moved - line[k, 0]).max() <= reach * np.abs(away[k])
 
 
 def test_no_coordinate_leaves_its_range():
     events = EVENTS.copy()
     events[:, 0] = -1.0
-    _, x = spread(jax.random.key(0), 5000, jnp.asarray(events), nearest(events, LABELS, 3))
+    _, x = spread(jax.random.key(0), 5000, jnp.asarray(events), nearest(events, LABELS, 3), 0.5)
     assert np.all((x >= events.min(0)) & (x <= events.max(0)))
     np.testing.assert_array_equal(x[:, 0], -1.0)
 
@@ -65,3 +66,5 @@ def test_what_has_no_neighbours_is_refused():
         as_sampler(lambda key, n: jax.random.normal(key, (n, 2)), (2,), 0, 8, neighbours=2)
     with pytest.raises(ValueError, match="neighbours must be 0"):
         lehr.Recipe(neighbours=-1)
+    with pytest.raises(ValueError, match="reach positive"):
+        lehr.Recipe(neighbours=6, reach=0.0)

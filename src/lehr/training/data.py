@@ -89,7 +89,12 @@ def read_data(file: str | Path) -> DataSet:
 
 
 def as_sampler(
-    data: Any, event_shape: tuple[int, ...], num_classes: int, batch_size: int, neighbours: int = 0
+    data: Any,
+    event_shape: tuple[int, ...],
+    num_classes: int,
+    batch_size: int,
+    neighbours: int = 0,
+    reach: float = 0.5,
 ) -> Sampler:
     """``data`` as a function of a key and a count that returns (events, labels or None).
 
@@ -99,6 +104,7 @@ def as_sampler(
         num_classes: of the potential; 0 for none.
         batch_size: what the function will be asked for.
         neighbours: if positive, events are spread, see :func:`lehr.training.spread.spread`.
+        reach: how far, in units of the way to a neighbour.
 
     Raises:
         ValueError: if shapes do not fit, labels are missing or out of range, data are not finite, or a function is
@@ -107,7 +113,7 @@ def as_sampler(
     given, labels = data if isinstance(data, tuple) else (data, None)
     if callable(data) and neighbours:
         raise ValueError("only an array of events has neighbours; a function that draws events may spread them itself.")
-    draw = data if callable(data) else _from_array(given, labels, num_classes, neighbours)
+    draw = data if callable(data) else _from_array(given, labels, num_classes, neighbours, reach)
 
     def sampler(rng_key: jax.Array, n: int) -> tuple[jax.Array, jax.Array | None]:
         drawn = draw(rng_key, n)
@@ -127,7 +133,9 @@ def as_sampler(
     return sampler
 
 
-def _from_array(events: ArrayLike, labels: ArrayLike | None, num_classes: int, neighbours: int) -> Sampler:
+def _from_array(
+    events: ArrayLike, labels: ArrayLike | None, num_classes: int, neighbours: int, reach: float
+) -> Sampler:
     x = jnp.asarray(events, float)
     if not np.all(np.isfinite(np.asarray(x))):
         raise ValueError("the data hold values that are not finite; drop or mend those events.")
@@ -145,7 +153,7 @@ def _from_array(events: ArrayLike, labels: ArrayLike | None, num_classes: int, n
             i = jax.random.randint(rng_key, (n,), 0, x.shape[0])
             chosen = x[i]
         else:
-            i, chosen = spread(rng_key, n, x, near)
+            i, chosen = spread(rng_key, n, x, near, reach)
         return chosen if y is None else (chosen, jnp.asarray(y)[i])
 
     return draw

@@ -58,8 +58,9 @@ class Recipe:
         bound_weight: weight of the bound on the time derivative, away from the data.
         weight_decay: what each step takes off the weights, in units of the learning rate; for data so few that
             a network might learn them by heart.
-        neighbours: if positive, each event is moved along the line to one of so many of its nearest, by up to half the
-            way (:mod:`lehr.training.spread`); for such data as well.
+        neighbours: if positive, each event is moved along the line to one of so many of its nearest
+            (:mod:`lehr.training.spread`); for such data as well.
+        reach: how far at most, in units of the way there: towards it or away from it.
         label_dropout: the share of events whose class is hidden, which trains the null label.
         sigma_range: the range of σ/α that a score is trained on; an energy has its own.
 
@@ -76,6 +77,7 @@ class Recipe:
     bound_weight: float = 0.2
     weight_decay: float = 0.0
     neighbours: int = 0
+    reach: float = 0.5
     label_dropout: float = 0.2
     sigma_range: tuple[float, float] = (2e-3, 20.0)
 
@@ -93,8 +95,10 @@ class Recipe:
             raise ValueError(
                 f"weights are not negative; got {self.time_weight=}, {self.bound_weight=}, {self.weight_decay=}."
             )
-        if self.neighbours < 0:
-            raise ValueError(f"neighbours must be 0, for none, or more; got {self.neighbours}.")
+        if self.neighbours < 0 or self.reach <= 0:
+            raise ValueError(
+                f"neighbours must be 0, for none, or more, and reach positive; got {self.neighbours=}, {self.reach=}."
+            )
         if self.weighting not in WEIGHTINGS:
             raise ValueError(f"unknown weighting {self.weighting!r}; expected one of {', '.join(WEIGHTINGS)}.")
         if not 0 < self.sigma_range[0] < self.sigma_range[1]:
@@ -143,7 +147,7 @@ def fit(
     """
     recipe = Recipe() if recipe is None else recipe
     num_classes = getattr(potential, "num_classes", 0) or 0
-    sampler = as_sampler(data, potential.event_shape, num_classes, recipe.batch_size, recipe.neighbours)
+    sampler = as_sampler(data, potential.event_shape, num_classes, recipe.batch_size, recipe.neighbours, recipe.reach)
     params, fixed = eqx.partition(potential, trainable(potential))
     adam = optax.adamw(learning_rates(recipe), weight_decay=recipe.weight_decay)
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), adam)

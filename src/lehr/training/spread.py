@@ -4,11 +4,14 @@ A network that is trained long enough on few events learns them by heart: its de
 that of the training set, too sure of every event that it has not seen. What is put in instead
 are
 
-    x + u (x' − x),      u uniform in [−½, ½],    x' one of the k nearest of the same class,
+    x + u (x' − x),      u uniform in [−r, r],    x' one of the k nearest of the same class,
 
 so that the cloud around each event lies along the manifold of the data, which the lines to its
-neighbours span, and not across it. The mean stays; the covariance grows by 1/12 of that of
+neighbours span, and not across it. The mean stays; the covariance grows by r²/3 times that of
 neighbours' differences. Each coordinate stays within the range that it has in the data.
+
+The further the reach r, the less a network holds on to each event, and the less it knows of where
+the data end; from a long one to a shorter one it learns both.
 
 Reference:
     Vincent & Bengio, Manifold Parzen windows, NeurIPS 2003.
@@ -22,8 +25,6 @@ import numpy as np
 from scipy.spatial import KDTree
 
 __all__ = ["nearest", "spread"]
-
-REACH = 0.5  # of the way to a neighbour, there or away from it
 
 
 def nearest(events: np.ndarray, labels: np.ndarray | None, k: int) -> np.ndarray:
@@ -53,7 +54,9 @@ def nearest(events: np.ndarray, labels: np.ndarray | None, k: int) -> np.ndarray
     return found
 
 
-def spread(rng_key: jax.Array, n: int, events: jax.Array, near: np.ndarray) -> tuple[jax.Array, jax.Array]:
+def spread(
+    rng_key: jax.Array, n: int, events: jax.Array, near: np.ndarray, reach: float
+) -> tuple[jax.Array, jax.Array]:
     """n events drawn with replacement and moved.
 
     Args:
@@ -61,6 +64,7 @@ def spread(rng_key: jax.Array, n: int, events: jax.Array, near: np.ndarray) -> t
         n: how many.
         events: shape (N, *event_shape).
         near: indices of their neighbours, shape (N, k).
+        reach: r, of the way to a neighbour, there or away from it.
 
     Returns:
         The indices of the events that were drawn, shape (n,), and where they went, shape (n, *event_shape).
@@ -68,6 +72,6 @@ def spread(rng_key: jax.Array, n: int, events: jax.Array, near: np.ndarray) -> t
     key_event, key_neighbour, key_way = jax.random.split(rng_key, 3)
     i = jax.random.randint(key_event, (n,), 0, events.shape[0])
     j = jnp.asarray(near)[i, jax.random.randint(key_neighbour, (n,), 0, near.shape[1])]
-    way = jax.random.uniform(key_way, (n,), minval=-REACH, maxval=REACH)
+    way = jax.random.uniform(key_way, (n,), minval=-reach, maxval=reach)
     moved = events[i] + way.reshape(n, *[1] * (events.ndim - 1)) * (events[j] - events[i])
     return i, jnp.clip(moved, events.min(0), events.max(0))
