@@ -27,7 +27,8 @@ from lehr.annealing.plan import Plan
 from lehr.annealing.predictors import Ancestral, Predictor, as_predictor
 from lehr.annealing.program import Program, digest
 from lehr.annealing.progress import ProgressMeter, as_meter
-from lehr.annealing.run import Run, Trial, record
+from lehr.annealing.record import Trial, record
+from lehr.annealing.run import Run
 from lehr.annealing.session import Session
 from lehr.annealing.tuning import SHORT_SHARE, Tuning, smooth
 from lehr.annealing.weights import Weights, follow_path

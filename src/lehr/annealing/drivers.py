@@ -28,7 +28,7 @@ from lehr.annealing.plan import Plan
 from lehr.annealing.predictors import Ancestral, Predictor
 from lehr.annealing.program import Program
 from lehr.annealing.progress import ProgressMeter
-from lehr.annealing.run import Trial
+from lehr.annealing.record import Trial
 from lehr.annealing.spacing import interpolated, spaced
 from lehr.annealing.tuning import Tuning
 from lehr.annealing.weights import WEIGHTS, Weights, follow_path

@@ -24,7 +24,8 @@ from lehr.annealing.driver import PILOT_CHAINS, Driver
 from lehr.annealing.ladder import Ladder, check_count
 from lehr.annealing.program import Program
 from lehr.annealing.progress import ProgressMeter, as_meter
-from lehr.annealing.run import Run, make_run
+from lehr.annealing.record import make_run
+from lehr.annealing.run import Run
 from lehr.annealing.session import Part, Session
 from lehr.annealing.sweeps import Sweeping, begin_sweeps, sweep_on, with_room
 from lehr.annealing.tuning import Tuning

@@ -12,9 +12,10 @@ import numpy as np
 
 from lehr.annealing.keys import is_key
 from lehr.annealing.ladder import Ladder
-from lehr.annealing.loop import Anneal, State, advance, begin_run, finish, num_stages
+from lehr.annealing.loop import advance
 from lehr.annealing.plan import Plan
 from lehr.annealing.session import Part, Session
+from lehr.annealing.state import Anneal, State, begin_run, finish, num_stages
 from lehr.annealing.tuning import Tuning
 from lehr.programs.closure import ALWAYS, Constants, Structure, close
 from lehr.programs.path import Path
