@@ -40,7 +40,7 @@ class Conjugate(lehr.AnnealedMCMC):
         precision = 1 / 0.8**2 + 1 / S**2
         mean = (jnp.array([0.3, -0.5]) / 0.8**2 + y / S**2) / precision
         x = mean + self.width * precision**-0.5 * jax.random.normal(rng_key, (400, 2))
-        return types.SimpleNamespace(log_weights=None, get_samples=lambda: {"x": np.asarray(x)})
+        return types.SimpleNamespace(log_weights=None, cautions=[], get_samples=lambda: {"x": np.asarray(x)})
 
 
 def test_ranks_of_the_exact_posterior_are_uniform():
@@ -84,13 +84,33 @@ def unknown_scale(y=None):
     numpyro.sample("y", dist.Normal(x, tau + 0.1).to_event(1), obs=y)
 
 
-@pytest.mark.filterwarnings("ignore:at level")  # three levels are too few for either, and enough to compare them
+@pytest.mark.filterwarnings("ignore:(.* are to be doubted|at level)")  # three levels are few, and enough to compare
 @pytest.mark.parametrize("model", [unknown_scale, pytest.param(looking(GAUSSIAN), marks=pytest.mark.slow)])
 def test_data_that_change_places_in_one_program_give_what_new_programs_give(model):
     how = {"ladder": 3, "num_steps": 1, "num_particles": 64, "pilot": 0, "progress": False}
     one, each = (lehr.sbc(kind(model, **how), num_simulations=16) for kind in (lehr.AnnealedSMC, Anew))
     for name, ranks in one.ranks.items():
         np.testing.assert_array_equal(ranks, each.ranks[name])
+
+
+class Doubtful(Conjugate):
+    """The same draws, with a caution of every ``every``-th run."""
+
+    every, count = 64, 0
+
+    def run(self, rng_key, *args, **kwargs):
+        run = super().run(rng_key, *args, **kwargs)
+        run.cautions = ["too few"] if Doubtful.count % Doubtful.every == 0 else []
+        Doubtful.count += 1
+        return run
+
+
+def test_runs_to_be_doubted_are_told_of_once_if_they_are_many(monkeypatch):
+    with pytest.warns(UserWarning, match="^2 of 128 runs are to be doubted; one: too few$") as said:
+        lehr.sbc(Doubtful(looking(GAUSSIAN)), num_simulations=128)
+    assert len(said) == 1
+    monkeypatch.setattr(Doubtful, "every", 128)
+    lehr.sbc(Doubtful(looking(GAUSSIAN)), num_simulations=128)  # a warning is an error here
 
 
 def test_own_quantities_are_ranked():

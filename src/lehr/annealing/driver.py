@@ -43,7 +43,6 @@ __all__ = ["Driver"]
 NUM_STARTS = 32  # where there are ordinary latents, each chain chooses its start from as many draws
 PILOT_CHAINS = 64  # unless it is said otherwise
 CLEARLY = 0.7  # beside a likelihood proposals know little, without one nearly all, and a pilot sees little of either
-FEWEST = 5  # effective particles of a hundred or more: where fewer are, what the run says rests on them
 PILOT_WARMUP = 3  # tuned transitions of a pilot chain at each level
 
 
@@ -127,9 +126,14 @@ class Driver:
                 folder holds another run, with what differs, or this one without ``resume``.
             TypeError: if a factor is a score and the kernel or the weights need an energy, or the
                 other way round.
+
+        Warns:
+            UserWarning: of each of the run's :attr:`~lehr.Run.cautions`.
         """
         rng_key = as_key(rng_key)
         self._run = self.sample(self.prepare(self.bind(*args, **kwargs)), rng_key, resume)
+        for caution in self._run.cautions:
+            warnings.warn(caution, stacklevel=2)
         return self._run
 
     def bind(self, *args: Any, **kwargs: Any) -> Path:
@@ -250,7 +254,7 @@ class Driver:
         return Session(type(self).__name__, meter, self.checkpoint, facts, resume)
 
     def sample(self, program: Program, rng_key: jax.Array, resume: bool = False) -> Run:
-        """Tune, and go down the ladder once; :meth:`run` on what :meth:`prepare` returned."""
+        """Tune, and go down the ladder once: :meth:`run` on what :meth:`prepare` returned, and no warnings."""
         path, plan = program.path, program.plan
         started = time.monotonic()
         with self.session(program, rng_key, resume, as_meter(self.progress)) as session:
@@ -262,12 +266,10 @@ class Driver:
             state = program.anneal(plan, tuning, key_run, self.threshold, session, "run")
             result = program.outcome(plan, key_run, state)
         seconds = time.monotonic() - started
-        run = record(
+        return record(
             type(self).__name__, path, plan, program.ladder, result, trial,
             {"seconds": seconds - session.seconds_compiling, "compile_seconds": session.seconds_compiling},
         )  # fmt: skip
-        _warn_of_trouble(run, int(np.sum(~np.isfinite(result.logdensity) & np.isfinite(result.log_weights))))
-        return run
 
     def _kernel(self, path: Path) -> Kernel:
         """The kernel that was asked for, or the one that suits what is known of the factors."""
@@ -334,27 +336,3 @@ def _finest(structure: Structure, constants: Constants) -> jax.Array:
 def _can_tune(path: Path, kernel: Kernel) -> bool:
     """Whether there is an acceptance to tune by: without log densities only a line integral has one."""
     return kernel.integrates_score or not path.score_sites
-
-
-def _warn_of_trouble(run: Run, stranded: int) -> None:
-    """Say what makes a run worth less than it seems, at the caller's line.
-
-    Args:
-        run: as recorded.
-        stranded: how many chains that count have no finite log density.
-    """
-    if stranded:
-        warnings.warn(
-            f"{stranded} of {run.attrs['num_chains']} chains ended where the log density is not finite; "
-            "print_summary() shows at which levels chains diverged.",
-            stacklevel=4,
-        )
-    effective = run.levels.get("ess_weights", np.array([np.inf]))
-    k = int(np.argmin(effective))
-    if effective[k] < min(FEWEST, FEWEST / 100 * run.attrs["num_chains"]):
-        warnings.warn(
-            f"at level {k} (σ/α = {run.levels['sigma'][k]:.3g}) only {effective[k]:.1f} of {run.attrs['num_chains']} "
-            "weighted particles were effective: the level lies too far from the one before, and weights there are not "
-            "to be relied on. Use more levels or more transitions at each; weights by energies where all factors are.",
-            stacklevel=4,
-        )

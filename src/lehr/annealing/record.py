@@ -111,6 +111,7 @@ def record(
         "num_steps": plan.num_steps,
         "num_chains": plan.num_chains,
         "pilot_chains": 0 if trial is None else trial.num_chains,
+        "stranded": int(np.sum(~np.isfinite(host.logdensity) & np.isfinite(host.log_weights))),
         "evaluations_per_chain": _evaluations(path, plan, host, trial),
         **{name: round(value, 3) for name, value in seconds.items()},
     }

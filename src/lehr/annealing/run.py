@@ -17,7 +17,9 @@ import numpy as np
 from lehr.annealing.tuning import Tuning
 from lehr.programs.path import Path
 
-__all__ = ["Run"]
+__all__ = ["FEWEST", "Run"]
+
+FEWEST = 5  # effective particles of a hundred or more: where fewer are, what the run says rests on them
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,26 @@ class Run:
     def log_evidence_se(self) -> float:
         """Standard error of ``log_evidence``, estimated from this run's genealogy."""
         return _weighted_only(self._log_evidence_se)
+
+    @property
+    def cautions(self) -> list[str]:
+        """What makes the run worth less than it seems, and what to do: a driver's ``run`` warns of each."""
+        said, num_chains = [], self.attrs["num_chains"]
+        if stranded := self.attrs.get("stranded"):
+            said.append(
+                f"{stranded} of {num_chains} chains ended where the log density is not finite; "
+                "print_summary() shows at which levels chains diverged."
+            )
+        effective = self.levels.get("ess_weights", np.array([np.inf]))
+        k = int(np.argmin(effective))
+        if effective[k] < min(FEWEST, FEWEST / 100 * num_chains):
+            said.append(
+                f"at level {k} (σ/α = {self.levels['sigma'][k]:.3g}) only {effective[k]:.1f} of {num_chains} "
+                "weighted particles were effective: the level lies too far from the one before, and weights there are "
+                "not to be relied on. Use more levels or more transitions at each; weights by energies where all "
+                "factors are."
+            )
+        return said
 
     def to_xarray(self) -> Any:
         """The run as an :class:`xarray.DataTree`, whichever ArviZ is installed."""

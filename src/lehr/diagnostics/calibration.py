@@ -13,6 +13,7 @@ References:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,7 @@ __all__ = ["Calibration", "sbc"]
 Draws = dict[str, np.ndarray]
 SMALL = 16  # numbers of a site that are ranked one by one; larger sites by their mean and mean square
 BINS = 16
+MANY = 0.01  # runs to be doubted: as many as the ranks' own noise would hide
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,10 @@ def sbc(
     Raises:
         ValueError: for counts that do not fit, or names of sites that the model has not.
 
+    Warns:
+        UserWarning: if more than one run in a hundred has cautions (:attr:`lehr.Run.cautions`), with one of them. A
+            few have where the data of one simulation are far from what the prior expects.
+
     Example:
         >>> lehr.sbc(model).print_summary()  # doctest: +SKIP
     """
@@ -153,13 +159,18 @@ def sbc(
     ranks: dict[str, list[int]] = {}
     infer = _Inference(driver.as_part(), args, kwargs)
     keys = list(enumerate(jax.random.split(key_run, num_simulations)))
+    cautions: list[str] = []
     for i, key in counted(as_meter(driver.progress), "calibration", keys):
         given = {name: jnp.asarray(truth[name][i]) for name in observed}
-        posterior = _draws(infer(key, given), num_draws, rng)
+        run = infer(key, given)
+        cautions += run.cautions[:1]
+        posterior = _draws(run, num_draws, rng)
         true = {name: value[i] for name, value in truth.items() if name in posterior}
         for name, (value, others) in _quantities(true, posterior, quantities).items():
             below, ties = np.sum(others < value), np.sum(others == value)
             ranks.setdefault(name, []).append(int(below + rng.integers(ties + 1)))
+    if len(cautions) > MANY * num_simulations:
+        warnings.warn(f"{len(cautions)} of {num_simulations} runs are to be doubted; one: {cautions[0]}", stacklevel=2)
     return Calibration({name: np.array(found) for name, found in ranks.items()}, num_draws)
 
 
@@ -173,18 +184,20 @@ class _Inference:
         self.driver, self.args, self.kwargs = driver, args, kwargs
         self.unbound = Path(lambda data, *a, **k: handlers.condition(model, data=data)(*a, **k), driver.path.guidance)
         self.programs: list[tuple[Program, dict[str, jax.Array]]] = []
-        self.is_shared: bool | None = None if type(driver).run is Driver.run else False
+        self.is_plain = type(driver).run is Driver.run
+        self.is_shared: bool | None = None
 
     def __call__(self, rng_key: jax.Array, data: dict[str, jax.Array]) -> Run:
         if self.is_shared:
             program, old = self.programs[0]
             return self.driver.sample(program.exchange(old, data), rng_key)
         path = self.unbound(data, *self.args, **self.kwargs)
-        if self.is_shared is False:
+        if not self.is_plain:
             return self.driver.on(path).run(rng_key)
         program = self.driver.prepare(path)
-        self.programs.append((program, data))
-        if len(self.programs) > 1:
+        if len(self.programs) < 2:
+            self.programs.append((program, data))
+        if self.is_shared is None and len(self.programs) == 2:
             first, old = self.programs[0]
             self.is_shared = first.exchange(old, data).is_like(program)
         return self.driver.sample(program, rng_key)

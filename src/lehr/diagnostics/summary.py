@@ -146,6 +146,7 @@ def _remarks(run: Run) -> list[str]:
                 f"[yellow]{name}: {int(s.stuck.sum())} elements never moved in any chain, "
                 f"{int((s.stuck_chains > 0).sum())} in some; up to {int(s.stuck_chains.max())} chains are stuck."
             )
+    lines += [f"[yellow]{caution}" for caution in run.cautions]
     diverging, nonfinite = int(run.levels["diverging"].sum()), int(run.levels["nonfinite"].sum())
     if diverging:
         worst = int(np.argmax(run.levels["diverging"]))

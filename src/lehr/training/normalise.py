@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 
-from lehr.annealing.driver import FEWEST
 from lehr.annealing.drivers import AnnealedSMC
+from lehr.annealing.run import FEWEST
 from lehr.potentials.base import replace
 from lehr.potentials.network import EnergyNetwork
 from lehr.programs.diffusion import Diffusion
